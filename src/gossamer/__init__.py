@@ -1,0 +1,83 @@
+"""gossamer: makes a trained PyTorch network small and fast, and proves it on the artefact that ships.
+
+Names are imported on first use, so that `import gossamer` and `gossamer --help` cost next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gossamer.distillation import distill
+    from gossamer.exporting import export
+    from gossamer.flow import compress
+    from gossamer.plan import Plan
+    from gossamer.profiling import benchmark, profile
+    from gossamer.pruning import prune
+    from gossamer.quantization import quantize
+    from gossamer.recipe import Budget, Distill, Fit, Prune, Quantize, Recipe
+    from gossamer.result import Profile, Proof, Result
+    from gossamer.run_folder import load
+    from gossamer.trace import channels
+    from gossamer.training import fit
+
+_HOME = {
+    "benchmark": "gossamer.profiling",
+    "channels": "gossamer.trace",
+    "compress": "gossamer.flow",
+    "distill": "gossamer.distillation",
+    "export": "gossamer.exporting",
+    "fit": "gossamer.training",
+    "load": "gossamer.run_folder",
+    "profile": "gossamer.profiling",
+    "prune": "gossamer.pruning",
+    "quantize": "gossamer.quantization",
+    "Budget": "gossamer.recipe",
+    "Distill": "gossamer.recipe",
+    "Fit": "gossamer.recipe",
+    "Plan": "gossamer.plan",
+    "Profile": "gossamer.result",
+    "Proof": "gossamer.result",
+    "Prune": "gossamer.recipe",
+    "Quantize": "gossamer.recipe",
+    "Recipe": "gossamer.recipe",
+    "Result": "gossamer.result",
+}
+
+__version__ = "0.1.0"
+__all__ = [
+    "Budget",
+    "Distill",
+    "Fit",
+    "Plan",
+    "Profile",
+    "Proof",
+    "Prune",
+    "Quantize",
+    "Recipe",
+    "Result",
+    "__version__",
+    "benchmark",
+    "channels",
+    "compress",
+    "distill",
+    "export",
+    "fit",
+    "load",
+    "profile",
+    "prune",
+    "quantize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'gossamer' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,253 @@
+"""Recipes and budgets as typed data, in Python and in YAML, with a published JSON schema."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Union
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from gossamer.errors import RecipeError, near
+
+
+class _Step(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: ClassVar[str]
+
+
+class Prune(_Step):
+    """Remove whole channels. Exactly one of ``ratio`` (fraction of channels to remove) and ``macs`` (fraction of MACs to keep)."""
+
+    kind: ClassVar[str] = "prune"
+    ratio: float | None = Field(None, gt=0, lt=1)
+    macs: float | None = Field(None, gt=0, lt=1)
+    importance: Literal["l1", "l2", "taylor", "random"] = "l2"
+    scope: Literal["global", "layer"] = "global"
+    round_to: int = Field(1, ge=1)
+    compensate: bool = True
+    reestimate_bn: bool = True
+    ignore: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Prune:
+        if (self.ratio is None) == (self.macs is None):
+            raise ValueError("prune needs exactly one of ratio and macs")
+        return self
+
+
+class Fit(_Step):
+    """Train on the data's own labels."""
+
+    kind: ClassVar[str] = "fit"
+    epochs: int = Field(1, ge=1)
+    lr: float = Field(1e-3, gt=0)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    weight_decay: float = Field(0.01, ge=0)
+    warmup: float = Field(0.05, ge=0, lt=1)
+    batch_size: int = Field(64, ge=1)
+
+
+class Distill(Fit):
+    """Train on labels and on the original network's outputs: (1-alpha) CE + alpha tau^2 KL."""
+
+    kind: ClassVar[str] = "distill"
+    alpha: float = Field(0.9, ge=0, le=1)
+    tau: float = Field(4.0, gt=0)
+
+
+class Quantize(_Step):
+    """Integer weights and activations, calibrated without training."""
+
+    kind: ClassVar[str] = "quantize"
+    weight_bits: int = Field(8, ge=2, le=8)
+    activation_bits: Literal[8] = 8
+    step: Literal["mse", "minmax"] = "mse"
+    observer: Literal["minmax", "percentile", "mse"] = "mse"
+    target: Literal["auto", "avx2", "vnni", "arm"] = "auto"
+    bias_correction: bool = True
+    ignore: tuple[str, ...] = ()
+
+
+Step = Union[Prune, Fit, Distill, Quantize]
+STEPS: dict[str, type[_Step]] = {s.kind: s for s in (Prune, Fit, Distill, Quantize)}
+
+
+class Budget(BaseModel):
+    """What the artefact may cost: fractions of the original when at most 1, absolute with a unit otherwise.
+
+    Example:
+        >>> Budget.parse("latency=0.5,size=1MB,drop=1%")
+        Budget(latency=0.5, size='1MB', macs=None, max_drop=0.01)
+
+    Attributes:
+        latency: median latency, ``0.5`` or ``"5ms"``.
+        size: bytes of the file, ``0.25`` or ``"1MB"`` (10^6 bytes; also ``"kB"``, ``"KiB"``, ``"MiB"``).
+        macs: multiply-adds, as a fraction.
+        max_drop: accuracy that may be lost, as a fraction of 1 (0.01 is one point).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    latency: float | str | None = None
+    size: float | str | None = None
+    macs: float | None = Field(None, gt=0, le=1)
+    max_drop: float | None = Field(None, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Budget:
+        for name, units in (("latency", LATENCY_UNITS), ("size", SIZE_UNITS)):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                quantity(value, units, name)
+            elif value is not None and not 0 < value <= 1:
+                raise ValueError(f"{name}={value}: a fraction of the original lies in (0, 1]; absolute values carry a unit ({', '.join(units)})")
+        return self
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Read ``latency=0.5,drop=1%`` (also ``size=``, ``macs=``; ``max_drop`` is the same as ``drop``)."""
+        fields: dict[str, Any] = {}
+        for item in filter(None, (t.strip() for t in text.split(","))):
+            name, eq, value = item.partition("=")
+            name = "max_drop" if name == "drop" else name
+            if not eq or name not in cls.model_fields:
+                known = ["latency", "size", "macs", "drop"]
+                raise RecipeError(f"budget {item!r}: write NAME=VALUE with NAME one of {', '.join(known)}{near(name, known)}")
+            percent = re.fullmatch(r"([\d.]+)%", value)
+            if percent:
+                fields[name] = float(percent[1]) / 100
+            else:
+                try:
+                    fields[name] = float(value)
+                except ValueError:
+                    fields[name] = value
+        if not fields:
+            raise RecipeError("the budget is empty: write for example latency=0.5,drop=1%")
+        return _validated(cls, fields, "budget")
+
+
+LATENCY_UNITS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
+SIZE_UNITS = {"B": 1, "kB": 1000, "KB": 1000, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def quantity(text: str, units: dict[str, float] | dict[str, int], what: str) -> float:
+    """``"5ms"`` as a number in the base unit; ValueError where it is none.
+
+    Example:
+        >>> quantity("1.5MB", SIZE_UNITS, "size")
+        1500000.0
+    """
+    m = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]+)\s*", text)
+    if not m or m[2] not in units:
+        raise ValueError(f"{what}={text!r}: write a number with a unit ({', '.join(units)})")
+    return float(m[1]) * units[m[2]]
+
+
+class Recipe(BaseModel):
+    """A list of steps and, optionally, the budget that the artefact must meet.
+
+    Example:
+        >>> Recipe.parse("steps: [{prune: {macs: 0.7}}, quantize]").steps[1].kind
+        'quantize'
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    steps: tuple[Annotated[Step, Field(union_mode="left_to_right")], ...]
+    budget: Budget | None = None
+
+    @classmethod
+    def of(cls, steps: Recipe | list[Any] | tuple[Any, ...] | str | Path) -> Recipe:
+        """A recipe from one, a list of steps, or a YAML file."""
+        if isinstance(steps, Recipe):
+            return steps
+        if isinstance(steps, str | Path):
+            return cls.load(steps)
+        for s in steps:
+            if not isinstance(s, _Step):
+                raise RecipeError(f"a recipe is a list of steps such as gs.Prune(macs=0.5), not {type(s).__name__}")
+        return cls._build(tuple(steps), None)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read a YAML recipe; RecipeError where it is missing or not valid."""
+        try:
+            text = Path(path).read_text()
+        except OSError as e:
+            raise RecipeError(f"cannot read recipe {path}: {e.strerror}") from None
+        return cls.parse(text, where=str(path))
+
+    @classmethod
+    def parse(cls, text: str, *, where: str = "recipe") -> Recipe:
+        """Read a recipe from YAML text."""
+        try:
+            raw = yaml.safe_load(text)
+        except yaml.YAMLError as e:
+            raise RecipeError(f"{where} is not YAML: {' '.join(str(e).split())}") from None
+        if not isinstance(raw, dict) or not isinstance(raw.get("steps"), list):
+            raise RecipeError(f"{where}: a recipe has a list 'steps'; write for example  steps: [quantize]")
+        for key in raw:
+            if key not in ("steps", "budget"):
+                raise RecipeError(f"{where}: unknown key {key!r}{near(str(key), ['steps', 'budget'])}")
+        steps = tuple(_step(item, f"{where}: step {i + 1}") for i, item in enumerate(raw["steps"]))
+        budget = _validated(Budget, raw["budget"], f"{where}: budget") if raw.get("budget") else None
+        return cls._build(steps, budget, where)
+
+    @classmethod
+    def _build(cls, steps: tuple[_Step, ...], budget: Budget | None, where: str = "recipe") -> Recipe:
+        if not steps:
+            raise RecipeError(f"{where} has no steps: name at least one of {', '.join(STEPS)}")
+        kinds = [s.kind for s in steps]
+        if "quantize" in kinds[:-1]:
+            raise RecipeError(f"{where}: quantize must be the last step; nothing can be trained or cut after it")
+        return cls.model_construct(steps=steps, budget=budget, version=1)
+
+    def dump(self) -> str:
+        """The recipe as YAML that `parse` reads back."""
+        raw: dict[str, Any] = {"steps": [{s.kind: s.model_dump(mode="json")} for s in self.steps]}
+        if self.budget:
+            raw["budget"] = self.budget.model_dump(mode="json", exclude_none=True)
+        return yaml.safe_dump(raw, sort_keys=False)
+
+    @classmethod
+    def schema_json(cls) -> dict[str, Any]:
+        """The JSON schema of the YAML form, as published in ``docs/recipe.schema.json``."""
+        defs = {kind: step.model_json_schema() for kind, step in STEPS.items()}
+        one = [{"type": "object", "properties": {k: {"$ref": f"#/$defs/{k}"}}, "required": [k], "additionalProperties": False} for k in STEPS]
+        return {
+            "$schema": "https://json-schema.org/draft/2020-12/schema",
+            "title": "gossamer recipe",
+            "type": "object",
+            "properties": {
+                "steps": {"type": "array", "minItems": 1, "items": {"anyOf": [{"enum": list(STEPS)}, *one]}},
+                "budget": {"$ref": "#/$defs/budget"},
+            },
+            "required": ["steps"],
+            "additionalProperties": False,
+            "$defs": {**defs, "budget": Budget.model_json_schema()},
+        }
+
+
+def _step(item: Any, where: str) -> _Step:
+    if isinstance(item, str):
+        item = {item: {}}
+    if not isinstance(item, dict) or len(item) != 1:
+        raise RecipeError(f"{where}: write one step, for example  - prune: {{macs: 0.5}}")
+    ((name, fields),) = item.items()
+    if name not in STEPS:
+        raise RecipeError(f"{where}: unknown step {name!r}, known are {', '.join(STEPS)}{near(str(name), STEPS)}")
+    return _validated(STEPS[name], fields or {}, f"{where} ({name})")
+
+
+def _validated(cls: type[Any], fields: Any, where: str) -> Any:
+    if not isinstance(fields, dict):
+        raise RecipeError(f"{where}: write options as NAME: VALUE")
+    try:
+        return cls(**fields)
+    except ValidationError as e:
+        first = e.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else ""
+        if first["type"] == "extra_forbidden":
+            raise RecipeError(f"{where}: unknown option {name!r}, known are {', '.join(cls.model_fields)}{near(name, cls.model_fields)}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise RecipeError(f"{where}: {name + ': ' if name else ''}{message}") from None

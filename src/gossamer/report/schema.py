@@ -1,0 +1,116 @@
+"""What report.json holds. Every figure carries its unit in its name, and its runtime, threads, batch and spread beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Latency(_Part):
+    """Latency of one artefact in milliseconds, interleaved with the others of the same call."""
+
+    median: float
+    p10: float
+    p90: float
+    runtime: str
+    threads: int
+    batch: int
+    runs: int
+
+
+class Accuracy(_Part):
+    """Top-1 of the exported artefact as a fraction of 1, with the 95% Wilson interval."""
+
+    value: float
+    n: int
+    interval: tuple[float, float]
+
+
+class Measured(_Part):
+    """One exported artefact, measured in the runtime."""
+
+    params: int
+    macs: int
+    size_bytes: int
+    peak_activation_bytes: int
+    latency_ms: Latency | None = None
+    accuracy: Accuracy | None = None
+
+
+class Parity(_Part):
+    """Agreement of exported files: with their torch network, and of the final file with the original's."""
+
+    before_difference: float
+    after_difference: float | None = None
+    sqnr_db: float | None = None
+    top1_agreement: float | None = None
+    simulation_sqnr_db: float | None = None
+    n: int
+
+
+class StepReport(_Part):
+    """What one step did."""
+
+    step: str
+    options: dict[str, Any]
+    params: int
+    macs: int
+    seconds: float
+    proof: str | None = None
+    notes: list[str] = []
+
+
+class LayerRow(_Part):
+    """One layer before and after."""
+
+    name: str
+    op: str
+    shape_before: list[int]
+    shape_after: list[int]
+    macs_before: int
+    macs_after: int
+    params_before: int
+    params_after: int
+    bits: int | None = None
+
+
+class Frozen(_Part):
+    """A channel group that was not pruned, and why."""
+
+    group: str
+    reason: str
+
+
+class Target(_Part):
+    """One line of the budget."""
+
+    name: str
+    limit: float
+    reached: float
+    unit: str
+    met: bool
+
+
+class Report(_Part):
+    """The truth about one run; the terminal table, report.html and the model card are views of it."""
+
+    gossamer: str
+    model: str
+    data: str | None
+    seed: int
+    created: str
+    recipe: dict[str, Any]
+    environment: dict[str, Any]
+    before: Measured
+    after: Measured
+    parity: Parity
+    steps: list[StepReport]
+    layers: list[LayerRow]
+    frozen: list[Frozen] = []
+    budget: list[Target] = []
+    warnings: list[str] = []

@@ -1,0 +1,146 @@
+"""Value types that every stage hands on: layer costs, profiles, proofs, results. One multiply-add is one MAC."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
+    from gossamer.plan import Plan
+
+ExampleInputs = Any  # a tuple of positional inputs, or a dict of keyword inputs
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What one call of one layer costs on the example inputs.
+
+    Attributes:
+        name: module path of the call, ``"features.0.0"`` (``""`` is the network itself).
+        op: the operation, ``"convolution"``, ``"linear"``, ``"matmul"``, ...
+        weight: state-dict name of the weight it contracts with, or None (attention scores, for example).
+        macs: multiply-adds of this call.
+        params: elements of the weight and bias, counted at their first use only.
+        activation_bytes: bytes of the output.
+        output_shape: shape of the output, batch included.
+    """
+
+    name: str
+    op: str
+    weight: str | None
+    macs: int
+    params: int
+    activation_bytes: int
+    output_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a network costs on its example inputs (batch included as given).
+
+    Attributes:
+        params: elements of all parameters, tied ones counted once.
+        macs: multiply-adds of one pass.
+        weight_bytes: bytes of parameters and buffers in memory, tied ones counted once.
+        peak_activation_bytes: the largest set of live activations, input included, in the order executed.
+        layers: every contraction in execution order.
+    """
+
+    params: int
+    macs: int
+    weight_bytes: int
+    peak_activation_bytes: int
+    layers: tuple[LayerCost, ...] = ()
+
+    def __str__(self) -> str:
+        from gossamer.report.text import profile_table
+
+        return profile_table(self)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How a transformed network was compared with the original.
+
+    Attributes:
+        method: ``"zeroed"`` (removed channels' outgoing weights set to zero), or ``"none"``.
+        difference: largest relative difference ``max|a - b| / max|a|`` over all outputs; None where nothing was compared.
+        tolerance: what it had to stay within.
+        exact: names of the channel groups that were compared exactly.
+        inexact: group name -> why the zeroed network differs there by construction.
+    """
+
+    method: str
+    difference: float | None
+    tolerance: float = 1e-4
+    exact: tuple[str, ...] = ()
+    inexact: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def holds(self) -> bool:
+        """Whether something was compared and the difference stays within the tolerance."""
+        return self.difference is not None and self.difference <= self.tolerance
+
+    def __str__(self) -> str:
+        if self.difference is None:
+            return "proof: nothing was compared" + (f" ({len(self.inexact)} groups are inexact)" if self.inexact else "")
+        verdict = "holds" if self.holds else "FAILS"
+        tail = f"; {len(self.inexact)} inexact groups left out" if self.inexact else ""
+        return f"proof {verdict}: relative difference {self.difference:.1e} <= {self.tolerance:.0e} on {len(self.exact)} groups{tail}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A transformed network with what was done to it and what that did.
+
+    Attributes:
+        model: the new network; the caller's own is untouched.
+        plan: every edit from the original network to this one.
+        before: profile of the original network.
+        after: profile of this network.
+        proof: how equality with the original was checked; None where no structure was cut.
+        example_inputs: the inputs it was traced with.
+        notes: one line for each thing that was left alone, with the reason.
+        source: the model specification it came from, where there is one.
+        report: figures of the exported artefact, filled in by `gossamer.compress`.
+    """
+
+    model: nn.Module
+    plan: Plan
+    before: Profile
+    after: Profile
+    proof: Proof | None = None
+    example_inputs: ExampleInputs = None
+    notes: tuple[str, ...] = ()
+    source: str | None = None
+    report: Mapping[str, Any] | None = None
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``plan.json`` and ``model.safetensors`` into ``folder``; `gossamer.load` reads them back.
+
+        Args:
+            folder: made where it does not exist; must not hold another result.
+
+        Returns:
+            The folder.
+
+        Raises:
+            RunFolderError: the folder is occupied or cannot be written.
+        """
+        from gossamer.run_folder import save_result
+
+        return save_result(self, folder)
+
+    def with_(self, **changes: Any) -> Result:
+        """A copy with some fields replaced."""
+        return replace(self, **changes)
+
+    def __str__(self) -> str:
+        from gossamer.report.text import result_table
+
+        return result_table(self)
