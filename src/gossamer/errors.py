@@ -1,18 +1,18 @@
 """Every error gossamer raises on purpose.
 
-    GossamerError                      one line: what, where, the fix
-    +-- UsageError (ValueError)        bad input; the command line exits with 2
-    |   +-- SourceError                a model, weights or data specification cannot be used
-    |   +-- WeightsError               a state dict does not fit the network
-    |   +-- RecipeError                a recipe or budget is not valid
-    |   +-- PlanError                  a plan does not fit the network it is applied to
-    |   +-- SelectorError              a pattern matched nothing (near names are listed)
-    |   +-- RunFolderError             a run folder is missing, occupied, unwritable or incomplete
-    +-- NothingToDo (ValueError)       a step would change nothing: a no-op is an error; exits with 2
-    +-- TraceError (ValueError)        the network's forward pass fails on the example inputs; exits with 2
-    +-- ExportError (RuntimeError)     the network cannot be exported, or the file does not agree with it; exits with 1
-    +-- ProofError (RuntimeError)      a transformed network computes something else than its plan says; exits with 1
-    +-- BudgetError (RuntimeError)     the budget cannot be met; says the best that can; exits with 1
+GossamerError                      one line: what, where, the fix
++-- UsageError (ValueError)        bad input; the command line exits with 2
+|   +-- SourceError                a model, weights or data specification cannot be used
+|   +-- WeightsError               a state dict does not fit the network
+|   +-- RecipeError                a recipe or budget is not valid
+|   +-- PlanError                  a plan does not fit the network it is applied to
+|   +-- SelectorError              a pattern matched nothing (near names are listed)
+|   +-- RunFolderError             a run folder is missing, occupied, unwritable or incomplete
++-- NothingToDo (ValueError)       a step would change nothing: a no-op is an error; exits with 2
++-- TraceError (ValueError)        the network's forward pass fails on the example inputs; exits with 2
++-- ExportError (RuntimeError)     the network cannot be exported, or the file does not agree with it; exits with 1
++-- ProofError (RuntimeError)      a transformed network computes something else than its plan says; exits with 1
++-- BudgetError (RuntimeError)     the budget cannot be met; says the best that can; exits with 1
 """
 
 from __future__ import annotations

@@ -201,7 +201,9 @@ def input_specs(example_inputs: Any) -> tuple[InputSpec, ...]:
     """
     items = example_inputs.items() if isinstance(example_inputs, dict) else [(None, t) for t in example_inputs]
     return tuple(
-        InputSpec(shape=tuple(t.shape), dtype=str(t.dtype).removeprefix("torch."), name=name) for name, t in items if isinstance(t, torch.Tensor)
+        InputSpec(shape=tuple(t.shape), dtype=str(t.dtype).removeprefix("torch."), name=name)
+        for name, t in items
+        if isinstance(t, torch.Tensor)
     )
 
 
@@ -271,4 +273,3 @@ def _keep(model: nn.Module, homes: dict[int, list[tuple[nn.Module, str]]], edit:
     for owner, name in places:
         (owner._parameters if isinstance(new, nn.Parameter) else owner._buffers)[name] = new
     homes[id(new)] = places
-

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Union
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -70,7 +70,7 @@ class Quantize(_Step):
     ignore: tuple[str, ...] = ()
 
 
-Step = Union[Prune, Fit, Distill, Quantize]
+Step = Prune | Fit | Distill | Quantize
 STEPS: dict[str, type[_Step]] = {s.kind: s for s in (Prune, Fit, Distill, Quantize)}
 
 
@@ -101,7 +101,9 @@ class Budget(BaseModel):
             if isinstance(value, str):
                 quantity(value, units, name)
             elif value is not None and not 0 < value <= 1:
-                raise ValueError(f"{name}={value}: a fraction of the original lies in (0, 1]; absolute values carry a unit ({', '.join(units)})")
+                raise ValueError(
+                    f"{name}={value}: a fraction of the original lies in (0, 1]; absolute values carry a unit ({', '.join(units)})"
+                )
         return self
 
     @classmethod
@@ -213,7 +215,9 @@ class Recipe(BaseModel):
     def schema_json(cls) -> dict[str, Any]:
         """The JSON schema of the YAML form, as published in ``docs/recipe.schema.json``."""
         defs = {kind: step.model_json_schema() for kind, step in STEPS.items()}
-        one = [{"type": "object", "properties": {k: {"$ref": f"#/$defs/{k}"}}, "required": [k], "additionalProperties": False} for k in STEPS]
+        one = [
+            {"type": "object", "properties": {k: {"$ref": f"#/$defs/{k}"}}, "required": [k], "additionalProperties": False} for k in STEPS
+        ]
         return {
             "$schema": "https://json-schema.org/draft/2020-12/schema",
             "title": "gossamer recipe",
@@ -248,6 +252,8 @@ def _validated(cls: type[Any], fields: Any, where: str) -> Any:
         first = e.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else ""
         if first["type"] == "extra_forbidden":
-            raise RecipeError(f"{where}: unknown option {name!r}, known are {', '.join(cls.model_fields)}{near(name, cls.model_fields)}") from None
+            raise RecipeError(
+                f"{where}: unknown option {name!r}, known are {', '.join(cls.model_fields)}{near(name, cls.model_fields)}"
+            ) from None
         message = first["msg"].removeprefix("Value error, ")
         raise RecipeError(f"{where}: {name + ': ' if name else ''}{message}") from None

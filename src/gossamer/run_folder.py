@@ -89,7 +89,9 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
         stored = [n for n in names if n in state]
         if stored:
             state.update({n: state[stored[0]] for n in names if own[n].numel()})
-    wrong = [f"{n}: file {tuple(state[n].shape)}, network {tuple(own[n].shape)}" for n in own if n in state and state[n].shape != own[n].shape]
+    wrong = [
+        f"{n}: file {tuple(state[n].shape)}, network {tuple(own[n].shape)}" for n in own if n in state and state[n].shape != own[n].shape
+    ]
     wrong += [f"{n}: missing from the file" for n in own if n not in state] + [f"{n}: not in the network" for n in state if n not in own]
     if wrong:
         raise WeightsError(f"{path} does not fit the network ({len(wrong)} tensors): " + "; ".join(wrong[:3]))

@@ -1,0 +1,225 @@
+"""The commands. Everything heavy is imported inside them, so that --help is immediate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Makes a trained PyTorch network small and fast, and proves it on the artefact that ships.",
+    epilog="MODEL: torchvision:NAME, timm:NAME, gossamer:NAME, package.module:factory, path/file.py:factory, or a run folder. "
+    "DATA: digits, fashion-mnist[:PATH], cifar10:PATH, imagefolder:PATH, package.module:factory.",
+)
+
+ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="A model specification or a run folder.")]
+Weights = Annotated[Path | None, typer.Option("--weights", help="State dict: safetensors, or a torch file that loads with weights_only.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same plan and weights.")]
+Threads = Annotated[int, typer.Option("--threads", min=1, help="Threads of the runtime when latency is measured.")]
+DataOption = Annotated[str, typer.Option("--data", help="Data to evaluate on, and to train on where it has a training split.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run in --out.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        from gossamer import __version__
+
+        print(f"gossamer {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def inspect(
+    model: ModelArg,
+    shape: Annotated[str | None, typer.Option("--input", help="Input shape, for example 1,3,224,224.")] = None,
+    weights: Weights = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a network costs, which channels belong together, and what cannot be pruned and why."""
+    from gossamer.cli._console import show
+    from gossamer.cli._models import open_model
+    from gossamer.trace import trace
+
+    network, inputs = open_model(model, weights=weights, shape=shape)
+    traced = trace(network, inputs)
+    if as_json:
+        channels = traced.channels
+        groups = [{"name": g.name, "channels": len(g.classes) * g.width, "frozen": g.frozen} for g in (*channels.groups, *channels.frozen)]
+        show({"model": model, "profile": traced.profile, "groups": groups}, as_json=True)
+    else:
+        print(traced.profile)
+        print(traced.channels)
+
+
+@app.command()
+def compress(
+    model: ModelArg,
+    data: DataOption,
+    out: Annotated[Path | None, typer.Option("--out", help="Run folder to write; needed unless --dry-run.")] = None,
+    recipe: Annotated[Path | None, typer.Option("--recipe", help="YAML recipe; default: quantise to 8 bits.")] = None,
+    budget: Annotated[str | None, typer.Option("--budget", help="For example latency=0.5,size=1MB,drop=1%.")] = None,
+    weights: Weights = None,
+    calibration: Annotated[str | None, typer.Option("--calibration", help="Data to calibrate with; default: 512 training samples.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    resume: Resume = False,
+    threads: Threads = 1,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Compress a trained network, export it, and measure the artefact against the original."""
+    from gossamer.cli._console import progress, show
+    from gossamer.errors import RunFolderError
+    from gossamer.flow import compress as run
+    from gossamer.flow import plan_only
+    from gossamer.recipe import Recipe
+
+    options: dict[str, Any] = {
+        "recipe": Recipe.load(recipe) if recipe else None,
+        "budget": budget,
+        "calibration": calibration,
+        "weights": weights,
+        "seed": seed,
+        "threads": threads,
+    }
+    if out is None and not dry_run:
+        raise RunFolderError("name the run folder with --out, or look at the plan with --dry-run")
+    with progress(quiet=as_json) as tick:
+        if dry_run:
+            show(plan_only(model, data, progress=tick, **options), as_json=as_json)
+            return
+        result = run(model, data, out=out, resume=resume, progress=tick, **options)
+    _print_report(result.report, as_json=as_json, folder=out)
+
+
+def _print_report(report: Any, *, as_json: bool, folder: Path | None) -> None:
+    from gossamer.cli._console import show
+    from gossamer.report import Report, run_table
+
+    if as_json:
+        show(report, as_json=True)
+    else:
+        print(run_table(Report.model_validate(report)))
+        if folder is not None:
+            print(f"\n{folder}/report.html has the whole report, {folder}/model.onnx is the artefact.")
+
+
+@app.command()
+def train(
+    model: ModelArg,
+    data: DataOption,
+    out: Annotated[Path, typer.Option("--out", help="Folder to write the weights and the log to.")],
+    weights: Weights = None,
+    epochs: Annotated[int, typer.Option("--epochs", min=1)] = 10,
+    lr: Annotated[float, typer.Option("--lr", min=0.0, help="Peak learning rate.")] = 1e-3,
+    optimizer: Annotated[str, typer.Option("--optimizer", help="adamw or sgd.")] = "adamw",
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 64,
+    resume: Resume = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Train a network on labelled data; an interrupted run continues with --resume to the same weights."""
+    from gossamer.cli._console import progress, show
+    from gossamer.cli._train import train as run
+
+    with progress(quiet=as_json) as tick:
+        summary = run(
+            model,
+            data,
+            out,
+            weights=weights,
+            epochs=epochs,
+            lr=lr,
+            optimizer=optimizer,
+            batch_size=batch_size,
+            resume=resume,
+            seed=seed,
+            progress=tick,
+        )
+    if as_json:
+        show(summary, as_json=True)
+    else:
+        print(f"{summary['weights']}: top-1 {summary['accuracy']:.2%} on {summary['n']} held-out samples, {summary['seconds']:.0f} s")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    format_: Annotated[str, typer.Option("--format", help="onnx.")] = "onnx",
+    out: Annotated[Path | None, typer.Option("--out", help="File to write; default: RUN/export.onnx.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Export a run's network again, checked against torch before the file is kept."""
+    from gossamer.cli._console import show
+    from gossamer.errors import RunFolderError
+    from gossamer.exporting import export as write
+    from gossamer.plan import Plan
+    from gossamer.run_folder import load
+
+    path = out or run / f"export.{format_}"
+    if path.exists():
+        raise RunFolderError(f"{path} exists: name another file with --out")
+    network = load(run)
+    inputs = Plan.load(run / "plan.json").example_inputs()
+    exported = write(network, path, example_inputs=inputs, format=format_)
+    show(exported, as_json=as_json)
+
+
+@app.command()
+def bench(
+    artefacts: Annotated[list[str], typer.Argument(metavar="A B ...", help="Model specifications, run folders or .onnx files.")],
+    runtime: Annotated[str, typer.Option("--runtime", help="onnxruntime or torch.")] = "onnxruntime",
+    threads: Threads = 1,
+    shape: Annotated[str | None, typer.Option("--input", help="Input shape, for example 1,3,224,224.")] = None,
+    seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Time to spend on each artefact.")] = 2.0,
+    as_json: Json = False,
+) -> None:
+    """Time models, runs and files side by side: interleaved, with median, p10, p90, and bytes on disk."""
+    from gossamer.cli._console import show
+    from gossamer.cli._models import bench_artefacts
+    from gossamer.profiling import benchmark
+
+    opened, inputs, names = bench_artefacts(artefacts, shape=shape)
+    show(benchmark(*opened, example_inputs=inputs, runtime=runtime, threads=threads, seconds=seconds, names=names), as_json=as_json)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN ...", help="One run folder, or several to compare.")], as_json: Json = False
+) -> None:
+    """Print a run's report, or several side by side."""
+    from gossamer.cli._console import show
+    from gossamer.report import compare_table, read
+
+    reports = [read(r) for r in runs]
+    if as_json:
+        show(reports[0] if len(reports) == 1 else {str(r): rep for r, rep in zip(runs, reports, strict=True)}, as_json=True)
+    elif len(reports) == 1:
+        _print_report(reports[0], as_json=False, folder=runs[0])
+    else:
+        print(compare_table({r.name: rep for r, rep in zip(runs, reports, strict=True)}))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path | None, typer.Option("--out", help="Run folder; default: runs/demo, or the next free runs/demo-N.")] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """The whole flow on scikit-learn's digits: train, prune, distil, quantise, export, measure; asserts its own thresholds."""
+    from gossamer.cli._console import progress
+    from gossamer.demo import run_demo
+
+    with progress(quiet=as_json) as tick:
+        outcome = run_demo(out, seed=seed, progress=tick)
+    _print_report(outcome.report, as_json=as_json, folder=outcome.folder)
+    if not as_json:
+        for line in outcome.checks:
+            print(line)
+    if not outcome.passed:
+        raise typer.Exit(1)

@@ -1,0 +1,180 @@
+"""Export the original and the compressed network, run both in the runtime they ship to, and write down what that shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from gossamer import __version__
+from gossamer.flow.job import Job, Progress
+from gossamer.plan import Plan, QuantizeWeight
+from gossamer.recipe import LATENCY_UNITS, SIZE_UNITS, Budget, Recipe, quantity
+from gossamer.report.schema import Accuracy, Frozen, Latency, LayerRow, Measured, Parity, Report, StepReport, Target
+from gossamer.result import Profile, Result
+from gossamer.run_folder import environment
+
+
+@dataclass(frozen=True)
+class Original:
+    """The source network, exported once: what every candidate is held against."""
+
+    path: Path
+    profile: Profile
+    difference: float
+    frozen: tuple[Frozen, ...]
+
+
+def export_original(job: Job, profile: Profile, frozen: Sequence[Frozen], path: Path) -> Original:
+    """Export the source network as float32 ONNX and check it against torch."""
+    from gossamer.exporting import export
+
+    exported = export(job.model, path, example_inputs=job.example_inputs, calibration=job.calibration)
+    return Original(path, profile, exported.difference, tuple(frozen))
+
+
+def measure(
+    job: Job,
+    original: Original,
+    result: Result,
+    *,
+    recipe: Recipe,
+    path: Path,
+    compressed: Profile,
+    steps: Sequence[StepReport],
+    progress: Progress | None = None,
+) -> Report:
+    """Export ``result`` to ``path``, time both files interleaved, evaluate both on the same data, and return the report.
+
+    Args:
+        job: data and seed.
+        original: the exported source network.
+        result: the compressed network, with the whole plan.
+        recipe: what was done.
+        path: where the artefact goes.
+        compressed: the profile of the compressed network before quantisation (what its layers compute).
+        steps: one entry for each step.
+        progress: called with stage, done, total.
+    """
+    from gossamer.exporting import export
+    from gossamer.profiling import benchmark, evaluate, peak_activation_bytes
+    from gossamer.report import warnings_for
+
+    exported = export(result, path, example_inputs=job.example_inputs, calibration=job.calibration)
+    timed = benchmark(original.path, path, example_inputs=job.example_inputs, threads=job.threads)
+    evaluated = evaluate(path, job.evaluation, reference=original.path, progress=_stage(progress, "evaluate"))
+
+    def measured(which: int, profile: Profile, accuracy: Any, file: Path) -> Measured:
+        row = timed.rows[which]
+        return Measured(
+            params=profile.params,
+            macs=profile.macs,
+            size_bytes=file.stat().st_size,
+            peak_activation_bytes=peak_activation_bytes(file, job.example_inputs),
+            latency_ms=Latency(
+                median=row.median_ms,
+                p10=row.p10_ms,
+                p90=row.p90_ms,
+                runtime=timed.runtime,
+                threads=timed.threads,
+                batch=timed.batch,
+                runs=row.runs,
+            ),
+            accuracy=accuracy,
+        )
+
+    before = measured(0, original.profile, _accuracy(evaluated.reference_accuracy, evaluated.n), original.path)
+    after = measured(1, compressed, _accuracy(evaluated.accuracy, evaluated.n), path)
+    parity = Parity(
+        before_difference=original.difference,
+        after_difference=exported.difference if exported.sqnr_db is None else None,
+        simulation_sqnr_db=exported.sqnr_db,
+        sqnr_db=evaluated.sqnr_db,
+        top1_agreement=evaluated.agreement,
+        n=evaluated.n,
+    )
+    budget = budget_lines(job.budget, before, after) if job.budget else []
+    return Report(
+        gossamer=__version__,
+        model=job.source or type(job.model).__name__,
+        data=job.data_name,
+        seed=job.seed,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        recipe={"steps": [{s.kind: s.model_dump(mode="json")} for s in recipe.steps]},
+        environment=environment(job.source),
+        before=before,
+        after=after,
+        parity=parity,
+        steps=list(steps),
+        layers=layer_rows(original.profile, compressed, result.plan),
+        frozen=list(original.frozen),
+        budget=budget,
+        warnings=[*warnings_for(before, after, parity), *job.warnings, *exported.notes],
+    )
+
+
+def _stage(progress: Progress | None, stage: str) -> Any:
+    return (lambda done, total: progress(stage, done, total)) if progress else None
+
+
+def _accuracy(found: Any, n: int) -> Accuracy | None:
+    return None if found is None else Accuracy(value=found.value, n=n, interval=found.interval)
+
+
+def layer_rows(before: Profile, after: Profile, plan: Plan) -> list[LayerRow]:
+    """Layers before and after, matched by name and by the order of calls under that name."""
+    bits = {e.tensor: e.bits for e in plan if isinstance(e, QuantizeWeight)}
+    later = _by_call(after.layers)
+    rows = []
+    for key, old in _by_call(before.layers).items():
+        new = later.get(key)
+        if new is not None:
+            rows.append(
+                LayerRow(
+                    name=old.name,
+                    op=old.op,
+                    shape_before=list(old.output_shape),
+                    shape_after=list(new.output_shape),
+                    macs_before=old.macs,
+                    macs_after=new.macs,
+                    params_before=old.params,
+                    params_after=new.params,
+                    bits=bits.get(new.weight or ""),
+                )
+            )
+    return rows
+
+
+def _by_call(layers: Iterable[Any]) -> dict[tuple[str, str, int], Any]:
+    out: dict[tuple[str, str, int], Any] = {}
+    seen: dict[tuple[str, str], int] = {}
+    for layer in layers:
+        n = seen.get((layer.name, layer.op), 0)
+        seen[layer.name, layer.op] = n + 1
+        out[layer.name, layer.op, n] = layer
+    return out
+
+
+def budget_lines(budget: Budget, before: Measured, after: Measured) -> list[Target]:
+    """Each line of the budget with its limit, what was reached, and whether that meets it."""
+    lines = []
+    if budget.latency is not None and before.latency_ms and after.latency_ms:
+        limit = (
+            quantity(budget.latency, LATENCY_UNITS, "latency")
+            if isinstance(budget.latency, str)
+            else budget.latency * before.latency_ms.median
+        )
+        reached = after.latency_ms.median
+        lines.append(Target(name="latency", limit=limit, reached=reached, unit="ms", met=reached <= limit))
+    if budget.size is not None:
+        limit = quantity(budget.size, SIZE_UNITS, "size") if isinstance(budget.size, str) else budget.size * before.size_bytes
+        lines.append(Target(name="size", limit=limit, reached=after.size_bytes, unit="bytes", met=after.size_bytes <= limit))
+    if budget.macs is not None:
+        limit = budget.macs * before.macs
+        lines.append(Target(name="macs", limit=limit, reached=after.macs, unit="MACs", met=after.macs <= limit))
+    if budget.max_drop is not None and before.accuracy and after.accuracy:
+        drop = before.accuracy.value - after.accuracy.value
+        lines.append(Target(name="drop", limit=budget.max_drop, reached=drop, unit="of 1", met=drop <= budget.max_drop + 1e-9))
+    return lines

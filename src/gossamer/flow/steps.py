@@ -1,0 +1,102 @@
+"""Run one recipe step on a network; every technique is called here and nowhere else in the flow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from gossamer.flow.job import Job, Progress
+from gossamer.recipe import Distill, Fit, Prune, Quantize
+from gossamer.result import Profile, Result
+
+
+def run_step(step: object, model: nn.Module, before: Profile, job: Job, *, folder: Path | None, progress: Progress | None) -> Result:
+    """Apply one step.
+
+    Args:
+        step: a `Prune`, `Fit`, `Distill` or `Quantize`.
+        model: the network so far; not changed.
+        before: its profile.
+        job: data, seed, and the original network, which teaches in `Distill`.
+        folder: where training writes checkpoints to resume from, or None.
+        progress: called with stage, done, total.
+
+    Returns:
+        A `Result` whose plan holds this step's edits only.
+    """
+
+    def tick(done: int, total: int) -> None:
+        if progress:
+            progress(getattr(step, "kind", ""), done, total)
+
+    match step:
+        case Prune():
+            from gossamer.pruning import prune
+
+            return prune(
+                model,
+                job.example_inputs,
+                ratio=step.ratio,
+                macs=step.macs,
+                importance=step.importance,
+                calibration=job.calibration,
+                compensate=step.compensate,
+                reestimate_bn=step.reestimate_bn,
+                ignore=step.ignore,
+                round_to=step.round_to,
+                scope=step.scope,
+                seed=job.seed,
+                progress=tick,
+            )
+        case Fit():
+            return _train(step, model, before, job, folder, tick)
+        case Quantize():
+            from gossamer.quantization import quantize
+
+            return quantize(
+                model,
+                job.example_inputs,
+                calibration=job.calibration,
+                weight_bits=step.weight_bits,
+                activation_bits=step.activation_bits,
+                step=step.step,
+                observer=step.observer,
+                target=step.target,
+                bias_correction=step.bias_correction,
+                ignore=step.ignore,
+                progress=tick,
+            )
+    raise AssertionError(f"unknown step {step!r}")
+
+
+def _train(step: Fit, model: nn.Module, before: Profile, job: Job, folder: Path | None, tick: object) -> Result:
+    from gossamer.plan import Plan, input_specs
+
+    options = {
+        "epochs": step.epochs,
+        "lr": step.lr,
+        "optimizer": step.optimizer,
+        "weight_decay": step.weight_decay,
+        "warmup": step.warmup,
+        "seed": job.seed,
+        "progress": tick,
+        "checkpoint": folder / "training" if folder else None,
+        "resume": bool(folder and (folder / "training").exists()),
+        "log": folder / "log.jsonl" if folder else None,
+    }
+    if isinstance(step, Distill):
+        from gossamer.distillation import distill
+
+        trained = distill(model, job.model, job.training, alpha=step.alpha, tau=step.tau, **options)  # type: ignore[arg-type]
+    else:
+        from gossamer.training import fit
+
+        trained = fit(model, job.training, **options)  # type: ignore[arg-type]
+    return Result(
+        model=trained.model.eval(),
+        plan=Plan(inputs=input_specs(job.example_inputs)),
+        before=before,
+        after=before,
+        example_inputs=job.example_inputs,
+    )

