@@ -1,1 +1,24 @@
+"""What networks and artefacts cost and are worth: parameters, MACs and memory, latency in a runtime, accuracy in a runtime."""
 
+from gossamer.profiling.accuracy import Accuracy, Evaluation, evaluate, sqnr_db, wilson
+from gossamer.profiling.costs import profile
+from gossamer.profiling.latency import Benchmark, Timing, benchmark, time_interleaved
+from gossamer.profiling.memory import peak_activation_bytes
+from gossamer.profiling.runtime import disk_bytes, run_onnx, session
+
+__all__ = [
+    "Accuracy",
+    "Benchmark",
+    "Evaluation",
+    "Timing",
+    "benchmark",
+    "disk_bytes",
+    "evaluate",
+    "peak_activation_bytes",
+    "profile",
+    "run_onnx",
+    "session",
+    "sqnr_db",
+    "time_interleaved",
+    "wilson",
+]
