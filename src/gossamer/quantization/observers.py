@@ -1,0 +1,112 @@
+"""Ranges of activations, from a histogram of constant size that grows by doubling its reach."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BINS = 8192
+_MOST = 1 << 19  # elements of one tensor that go into the histogram; the extremes always see all
+
+
+class Histogram:
+    """Streaming histogram over ``[-reach, reach)``; when a value lies outside, the reach doubles and bins merge in pairs.
+
+    Example:
+        >>> h = Histogram()
+        >>> h.update(torch.tensor([0.0, 1.0])); h.update(torch.tensor([-8.0]))
+        >>> h.low, h.high, int(h.counts.sum())
+        (-8.0, 1.0, 3)
+    """
+
+    def __init__(self) -> None:
+        self.counts = torch.zeros(BINS, dtype=torch.float64)
+        self.reach = 0.0
+        self.low, self.high = 0.0, 0.0
+
+    def update(self, x: Tensor) -> None:
+        """Count the values of ``x``, any shape. ValueError where one is NaN or infinite."""
+        if not x.numel():
+            return
+        low, high = (float(v) for v in torch.aminmax(x))
+        if not (low > -float("inf") and high < float("inf")):  # also true of NaN
+            raise ValueError("not finite")
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        largest = max(-low, high)
+        if largest == 0:
+            self.counts[BINS // 2] += x.numel()
+            return
+        if self.reach == 0:
+            self.reach, zeros = largest * 1.0001, float(self.counts.sum())
+            self.counts.zero_()[BINS // 2] = zeros
+        while largest >= self.reach:
+            merged = self.counts.view(-1, 2).sum(1)
+            self.counts.zero_()[BINS // 4 : BINS // 4 + BINS // 2] = merged
+            self.reach *= 2
+        flat = x.detach().flatten()
+        stride = -(-flat.numel() // _MOST) | 1
+        seen = flat[::stride].float().cpu()
+        self.counts += torch.histc(seen, BINS, -self.reach, self.reach).double() * (flat.numel() / seen.numel())
+
+    def centres(self) -> Tensor:
+        """Middles of the bins, float64, shape ``(BINS,)``."""
+        return (torch.arange(BINS, dtype=torch.float64) + 0.5 - BINS // 2) * (2 * self.reach / BINS)
+
+    def range(self, observer: str, bits: int = 8) -> tuple[float, float]:
+        """The interval to represent, with 0 inside: ``"minmax"``, ``"percentile"`` (99.99% of values) or ``"mse"`` (least squared error)."""
+        if observer == "minmax" or self.reach == 0:
+            return self.low, self.high
+        if observer == "percentile":
+            return self._percentile(0.9999)
+        return self._least_error(bits)
+
+    def _percentile(self, share: float) -> tuple[float, float]:
+        cumulative = self.counts.cumsum(0) / self.counts.sum()
+        edges = torch.linspace(-self.reach, self.reach, BINS + 1, dtype=torch.float64)
+        one_sided = self.low >= 0 or self.high <= 0
+        tail = (1 - share) * (1 if one_sided else 0.5)
+        low = float(edges[int(torch.searchsorted(cumulative, tail, right=True))])
+        high = float(edges[min(BINS, int(torch.searchsorted(cumulative, 1 - tail)) + 1)])
+        return max(self.low, min(low, 0.0)), min(self.high, max(high, 0.0))
+
+    def _least_error(self, bits: int) -> tuple[float, float]:
+        used = self.counts > 0
+        x_B, n_B = self.centres()[used].float(), self.counts[used].float()
+        n_B = n_B / n_B.sum()
+        fractions = torch.linspace(1.0, 0.25, 61)
+        low, high = torch.tensor([self.low]), torch.tensor([self.high])
+        for sides in ("both", "high", "low", "high", "low"):
+            tried_low = low * fractions if sides in ("both", "low") else low.expand(len(fractions))
+            tried_high = high * fractions if sides in ("both", "high") else high.expand(len(fractions))
+            best = int(_squared_error(x_B, n_B, tried_low, tried_high, bits).argmin())
+            low, high = tried_low[best : best + 1], tried_high[best : best + 1]
+            fractions = torch.linspace(1.05, 0.7, 36)
+            low, high = low.clamp(min=self.low), high.clamp(max=self.high)
+        return float(low), float(high)
+
+
+def _squared_error(x_B: Tensor, n_B: Tensor, low_N: Tensor, high_N: Tensor, bits: int) -> Tensor:
+    step_N1 = ((high_N - low_N) / ((1 << bits) - 1)).clamp(min=1e-30)[:, None]
+    zero_N1 = (-low_N[:, None] / step_N1).round_()
+    q = torch.div(x_B, step_N1).round_().add_(zero_N1).clamp_(0, (1 << bits) - 1).sub_(zero_N1).mul_(step_N1).sub_(x_B)
+    return q.square_() @ n_B
+
+
+def affine(low: float, high: float, bits: int = 8) -> tuple[float, int]:
+    """Step and zero point of an unsigned affine quantiser that covers ``[low, high]`` and represents 0 exactly.
+
+    Example:
+        >>> affine(-1.0, 1.55)
+        (0.01, 100)
+
+    Returns:
+        The step, positive, rounded to float32, and the zero point, 0 to ``2^bits - 1``. An empty interval gets step 1.
+    """
+    low, high, levels = min(low, 0.0), max(high, 0.0), (1 << bits) - 1
+    if high - low < 1e-30:
+        return 1.0, 0
+    step = (high - low) / levels
+    zero = min(levels, max(0, round(-low / step)))
+    if zero:  # rounding the zero point must not cut off the end that it moved away from
+        step = max(-low / zero, high / (levels - zero) if zero < levels else 0.0)
+    return float(f"{step:.7g}"), zero
