@@ -8,11 +8,14 @@ from pydantic import BaseModel, ConfigDict
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
 
 class Latency(_Part):
-    """Latency of one artefact in milliseconds, interleaved with the others of the same call."""
+    """Latency of one artefact in milliseconds, interleaved with the others of the same call.
+
+    ``ratio`` is the median over rounds of this artefact's time to the original's of the same round, with its 10th and 90th percentile.
+    """
 
     median: float
     p10: float
@@ -21,6 +24,9 @@ class Latency(_Part):
     threads: int
     batch: int
     runs: int
+    ratio: float | None = None
+    ratio_p10: float | None = None
+    ratio_p90: float | None = None
 
 
 class Accuracy(_Part):
@@ -96,8 +102,20 @@ class Target(_Part):
     met: bool
 
 
+class Input(_Part):
+    """One input of the exported graph; the batch, where it is free, is 1 here."""
+
+    name: str
+    shape: list[int]
+    dtype: str
+
+
 class Report(_Part):
-    """The truth about one run; the terminal table, report.html and the model card are views of it."""
+    """The truth about one run; the terminal table, report.html and the model card are views of it.
+
+    ``simulated`` is the top-1 of the compressed network in torch, where that was measured too; ``preprocessing`` says in words what the
+    artefact expects its inputs to have gone through.
+    """
 
     gossamer: str
     model: str
@@ -114,3 +132,6 @@ class Report(_Part):
     frozen: list[Frozen] = []
     budget: list[Target] = []
     warnings: list[str] = []
+    inputs: list[Input] = []
+    preprocessing: str | None = None
+    simulated: Accuracy | None = None

@@ -1,0 +1,262 @@
+"""Tables for the terminal, as plain strings of a stable width."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from io import StringIO
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from gossamer.report import figures
+from gossamer.report.figures import NONE, amount, change, milliseconds, percent, plural, size, tail
+from gossamer.report.schema import Measured, Report
+from gossamer.report.warnings import target_value
+
+if TYPE_CHECKING:
+    from gossamer.profiling import Benchmark, Evaluation
+    from gossamer.result import Profile, Result
+    from gossamer.trace.channels import ChannelGroup, ChannelMap
+
+WIDTH = 80
+"""Columns that every table fits into."""
+
+LAYERS = 20
+"""Layers that a profile lists: the costliest, in execution order."""
+
+
+def profile_table(profile: Profile, *, width: int = WIDTH) -> str:
+    """A profile: totals, then the costliest layers in execution order."""
+    top = sorted(range(len(profile.layers)), key=lambda i: -profile.layers[i].macs)[:LAYERS]
+    most = max((layer.macs for layer in profile.layers), default=0) or 1
+    rows = []
+    for layer in (profile.layers[i] for i in sorted(top)):
+        share = layer.macs / profile.macs if profile.macs else 0.0
+        row = [
+            layer.name or "(network)",
+            layer.op,
+            figures.shape(layer.output_shape),
+            amount(layer.params),
+            amount(layer.macs),
+            percent(share),
+        ]
+        rows.append([*row, "▇" * round(8 * layer.macs / most)])
+    total = ", ".join(
+        [
+            f"{amount(profile.params)} parameters",
+            f"{amount(profile.macs)} MACs",
+            f"{size(profile.weight_bytes)} of weights",
+            f"{size(profile.peak_activation_bytes)} of activations at the peak",
+        ]
+    )
+    parts = [wrap(total, width)]
+    if rows:
+        parts.append(table(["layer", "op", "output", "params", "MACs", "share", ""], rows, right=(3, 4, 5), width=width))
+    rest = len(profile.layers) - len(top)
+    if rest:
+        left = profile.macs - sum(profile.layers[i].macs for i in top)
+        parts.append(f"… and {rest} cheaper layers with {amount(max(left, 0))} MACs")
+    return "\n".join(parts)
+
+
+def result_table(result: Result, *, width: int = WIDTH) -> str:
+    """A result: before and after, the proof, what was left alone and why."""
+    b, a = result.before, result.after
+    rows = [
+        ["parameters", amount(b.params), amount(a.params), change(a.params, b.params)],
+        ["MACs", amount(b.macs), amount(a.macs), change(a.macs, b.macs)],
+        ["weights", size(b.weight_bytes), size(a.weight_bytes), change(a.weight_bytes, b.weight_bytes)],
+        [
+            "activations at the peak",
+            size(b.peak_activation_bytes),
+            size(a.peak_activation_bytes),
+            change(a.peak_activation_bytes, b.peak_activation_bytes),
+        ],
+    ]
+    parts = [table(["", "before", "after", "change"], rows, right=(1, 2, 3), width=width)]
+    edits = ", ".join(f"{n} {kind.replace('_', ' ')}" for kind, n in result.plan.counts().items())
+    parts.append(wrap(f"plan: {plural(len(result.plan), 'edit')}" + (f" ({edits})" if edits else ""), width))
+    if result.proof is not None:
+        parts.append(wrap(str(result.proof), width))
+    parts += [wrap(f"- {n}", width, indent="  ") for n in shortened(result.notes)]
+    return "\n".join(parts)
+
+
+def channels_table(channel_map: ChannelMap, *, width: int = WIDTH) -> str:
+    """A channel map: prunable groups, and the frozen ones by reason."""
+    groups = channel_map.groups
+    parts = [f"can be pruned: {plural(len(groups), 'group')}, {plural(_channels(groups), 'channel')}"]
+    if groups:
+        rows = [[g.name, str(len(g.classes)), str(g.width), "; ".join(g.inexact)] for g in groups]
+        header = ["group", "channels", "width", "inexact"] if any(g.inexact for g in groups) else ["group", "channels", "width"]
+        parts.append(table(header, [r[: len(header)] for r in rows], right=(1, 2), width=width))
+    if channel_map.frozen:
+        parts.append(reasons([(g.name, g.frozen or "") for g in channel_map.frozen], width=width))
+    if channel_map.unvisited:
+        names = ", ".join(shortened([f"{k} ({v})" for k, v in channel_map.unvisited.items()], most=3))
+        parts.append(wrap(f"never run: {plural(len(channel_map.unvisited), 'module')}: {names}", width))
+    return "\n".join(parts)
+
+
+def benchmark_table(benchmark: Benchmark, *, width: int = WIDTH) -> str:
+    """Artefacts side by side: bytes on disk, median latency, its spread, and the ratio to the first."""
+    first = benchmark.rows[0]
+    rows = []
+    for row in benchmark.rows:
+        near = NONE if row is first else f"{row.ratio_p10:.2f} to {row.ratio_p90:.2f}"
+        latency = f"{milliseconds(row.p10_ms)} to {milliseconds(row.p90_ms)}"
+        rows.append([row.name, size(row.size_bytes), milliseconds(row.median_ms), latency, f"{row.ratio:.2f} x", near])
+    body = table(["artefact", "size", "median", "p10 to p90", "ratio", "p10 to p90"], rows, right=(1, 2, 3, 4, 5), width=width)
+    shapes = ", ".join(figures.shape(s) for s in benchmark.inputs)
+    said = (
+        f"{benchmark.runtime} {benchmark.runtime_version}, {_threads(benchmark.threads)}, input {shapes}, {first.runs} interleaved rounds"
+    )
+    return "\n".join([body, wrap(said, width), wrap(benchmark.processor, width)])
+
+
+def evaluation_line(evaluation: Evaluation, *, width: int = WIDTH) -> str:
+    """An evaluation in a sentence or two."""
+    parts = []
+    if evaluation.accuracy is not None:
+        low, high = evaluation.accuracy.interval
+        parts.append(f"top-1 {percent(evaluation.accuracy.value)} ({percent(low)} to {percent(high)}, n = {evaluation.n})")
+    if evaluation.reference_accuracy is not None:
+        parts.append(f"the original {percent(evaluation.reference_accuracy.value)}")
+    if evaluation.agreement is not None:
+        parts.append(f"agreement {percent(evaluation.agreement)}")
+    if evaluation.sqnr_db is not None:
+        parts.append(f"signal to noise {figures.decibels(evaluation.sqnr_db)}")
+    return wrap(", ".join(parts or [f"{evaluation.n} items"]) + f"; {evaluation.runtime}, {_threads(evaluation.threads)}", width)
+
+
+def run_table(report: Report, *, width: int = WIDTH) -> str:
+    """A run: warnings first, then before and after, the budget, agreement, steps, and what was frozen."""
+    blocks = [[wrap(f"{report.model}" + (f" on {report.data}" if report.data else ""), width)]]
+    blocks[0] += [wrap(f"! {w}", width, indent="  ") for w in report.warnings]
+    rows = [list(r) for r in comparison(report.before, report.after)]
+    blocks.append([table(["", "before", "after", "change"], rows, right=(1, 2, 3), width=width)])
+    latency = report.after.latency_ms
+    said = (
+        f"latency: {latency.runtime}, {_threads(latency.threads)}, batch {latency.batch}, {latency.runs} interleaved runs"
+        if latency
+        else ""
+    )
+    blocks.append([wrap("; ".join(filter(None, (said, agreement(report)))), width)])
+    if report.budget:
+        rows = [[t.name, target_value(t, t.limit), target_value(t, t.reached), "met" if t.met else "MISSED"] for t in report.budget]
+        blocks.append([table(["budget", "at most", "reached", ""], rows, right=(1, 2), width=width)])
+    if report.steps:
+        rows = [[f"{i} {s.step}", amount(s.params), amount(s.macs), f"{s.seconds:.1f} s"] for i, s in enumerate(report.steps, start=1)]
+        blocks.append([table(["step", "params after", "MACs after", "took"], rows, right=(1, 2, 3), width=width)])
+        blocks[-1] += [wrap(f"{i} {s.step}: {s.proof}", width, indent="  ") for i, s in enumerate(report.steps, start=1) if s.proof]
+    if report.frozen:
+        blocks.append([reasons([(f.group, f.reason) for f in report.frozen], width=width)])
+    return "\n\n".join("\n".join(lines) for lines in blocks)
+
+
+def comparison(before: Measured, after: Measured) -> list[tuple[str, str, str, str]]:
+    """Rows of label, before, after and change for everything that was measured of both."""
+    b, a = before, after
+    rows = [("size on disk", size(b.size_bytes), size(a.size_bytes), change(a.size_bytes, b.size_bytes))]
+    if b.latency_ms and a.latency_ms:
+        fast, slow = a.latency_ms, b.latency_ms
+        rows.append(("latency, median", milliseconds(slow.median), milliseconds(fast.median), change(fast.median, slow.median)))
+        paired = f"{fast.ratio_p10:.2f} to {fast.ratio_p90:.2f} x" if fast.ratio_p10 is not None and fast.ratio_p90 is not None else ""
+        rows.append(("  p10 to p90", figures.spread(slow), figures.spread(fast), paired))
+    rows += [
+        ("MACs", amount(b.macs), amount(a.macs), change(a.macs, b.macs)),
+        ("parameters", amount(b.params), amount(a.params), change(a.params, b.params)),
+        (
+            "activations at the peak",
+            size(b.peak_activation_bytes),
+            size(a.peak_activation_bytes),
+            change(a.peak_activation_bytes, b.peak_activation_bytes),
+        ),
+    ]
+    if a.accuracy:
+        moved = figures.points(a.accuracy.value - b.accuracy.value) if b.accuracy else ""
+        rows.append(("top-1", figures.top1(b.accuracy), figures.top1(a.accuracy), moved))
+        low = [figures.interval(m.accuracy).split(",")[0] for m in (b, a)]
+        rows.append(("  95% interval", *low, f"n = {a.accuracy.n}"))  # type: ignore[arg-type]
+    return rows
+
+
+def agreement(report: Report) -> str:
+    """How well the exported files agree with their networks and with each other, as a sentence."""
+    p = report.parity
+    said = []
+    if p.top1_agreement is not None:
+        said.append(f"top-1 agrees with the original on {percent(p.top1_agreement)} of {p.n} items")
+    if p.sqnr_db is not None:
+        said.append(f"signal to noise of the logits {figures.decibels(p.sqnr_db)}")
+    said.append(f"exported files against torch: original {p.before_difference:.1e}")
+    if p.after_difference is not None:
+        said[-1] += f", compressed {p.after_difference:.1e} relative"
+    elif p.simulation_sqnr_db is not None:
+        said[-1] += f" relative, compressed {figures.decibels(p.simulation_sqnr_db)}"
+    return "; ".join(said)
+
+
+def reasons(frozen: Iterable[tuple[str, str]], *, width: int = WIDTH) -> str:
+    """Frozen groups by reason, the most frequent first."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in frozen:
+        by_reason.setdefault(reason, []).append(name)
+    lines = [f"frozen: {plural(sum(map(len, by_reason.values())), 'group')}"]
+    for reason, names in sorted(by_reason.items(), key=lambda item: -len(item[1])):
+        lines.append(wrap(f"{len(names):>4}  {reason or 'no reason given'}: {', '.join(shortened(names, most=3))}", width, indent="      "))
+    return "\n".join(lines)
+
+
+def shortened(lines: Sequence[str], *, most: int = 8) -> list[str]:
+    """At most so many lines, the last telling how many more there are.
+
+    Example:
+        >>> shortened(["a", "b", "c", "d"], most=3)
+        ['a', 'b', '2 more']
+    """
+    return list(lines) if len(lines) <= most else [*lines[: most - 1], f"{len(lines) - most + 1} more"]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = (), width: int = WIDTH) -> str:
+    """A table of at most ``width`` columns: the first column is cut on its left where it must be, the others last.
+
+    Args:
+        header: of each column.
+        rows: cells.
+        right: columns that are flush right.
+        width: characters.
+    """
+    others = sum(2 + max(len(r[i]) for r in (header, *rows)) for i in range(1, len(header)))
+    room = max(12, width - others)
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0), header_style="")
+    for i, name in enumerate(header):
+        made.add_column(name, justify="right" if i in right else "left", no_wrap=True, overflow="ellipsis")
+    for row in rows:
+        made.add_row(tail(row[0], room), *row[1:])
+    return _rendered(made, width)
+
+
+def wrap(text: str, width: int = WIDTH, *, indent: str = "") -> str:
+    """A paragraph of at most ``width`` columns; lines after the first are indented."""
+    import textwrap
+
+    return textwrap.fill(text, width, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def _rendered(what: Table, width: int) -> str:
+    out = StringIO()
+    Console(
+        file=out, width=width, color_system=None, force_terminal=False, legacy_windows=False, markup=False, emoji=False, highlight=False
+    ).print(what)
+    return "\n".join(line.rstrip() for line in out.getvalue().rstrip("\n").splitlines())
+
+
+def _channels(groups: Iterable[ChannelGroup]) -> int:
+    return sum(len(g.classes) * g.width for g in groups)
+
+
+def _threads(n: int) -> str:
+    return plural(n, "thread")
