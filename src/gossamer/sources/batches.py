@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from typing import Any, NamedTuple
 
 import torch
@@ -74,4 +74,4 @@ def outputs(out: Any) -> list[Tensor]:
 
 def count(batches: Iterable[Any]) -> int | None:
     """Number of batches where it is known without reading them."""
-    return len(batches) if hasattr(batches, "__len__") else None
+    return len(batches) if isinstance(batches, Sized) else None
