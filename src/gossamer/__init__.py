@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gossamer.recipe import Budget, Distill, Fit, Prune, Quantize, Recipe
     from gossamer.result import Profile, Proof, Result
     from gossamer.run_folder import load
+    from gossamer.sources import load_data, load_model
     from gossamer.trace import channels
     from gossamer.training import fit
 
@@ -30,6 +31,8 @@ _HOME = {
     "export": "gossamer.exporting",
     "fit": "gossamer.training",
     "load": "gossamer.run_folder",
+    "load_data": "gossamer.sources",
+    "load_model": "gossamer.sources",
     "profile": "gossamer.profiling",
     "prune": "gossamer.pruning",
     "quantize": "gossamer.quantization",
@@ -65,6 +68,8 @@ __all__ = [
     "export",
     "fit",
     "load",
+    "load_data",
+    "load_model",
     "profile",
     "prune",
     "quantize",

@@ -1,0 +1,145 @@
+"""The command line: options frozen, one line and the right exit code for bad input, JSON that parses, fast --help."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from safetensors.torch import save_file
+
+from gossamer.cli import main
+from gossamer.cli._commands import app
+
+OPTIONS = {
+    "inspect": {"--input", "--weights", "--json"},
+    "compress": {
+        *{"--data", "--out", "--recipe", "--budget", "--weights", "--calibration"},
+        *{"--dry-run", "--resume", "--threads", "--seed", "--json"},
+    },
+    "train": {"--data", "--out", "--weights", "--epochs", "--lr", "--optimizer", "--batch-size", "--resume", "--seed", "--json"},
+    "export": {"--format", "--out", "--json"},
+    "bench": {"--runtime", "--threads", "--input", "--seconds", "--json"},
+    "report": {"--json"},
+    "demo": {"--out", "--seed", "--json"},
+}
+
+
+def call(*arguments: str) -> int:
+    """Exit code of one command."""
+    with pytest.raises(SystemExit) as e:
+        main(list(arguments))
+    return int(e.value.code or 0)
+
+
+def test_the_set_of_options_is_frozen():
+    commands = typer.main.get_command(app).commands
+    found = {name: {o for p in c.params for o in p.opts if o.startswith("--") and o != "--help"} for name, c in commands.items()}
+    assert found == OPTIONS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["inspect", "torchvision:mobilnet_v2"], "mobilenet_v2"),
+        (["inspect", "gossamer:mobilenet"], "mobilenet_v2"),
+        (["inspect", "nonsense"], "nonsense"),
+        (["inspect", "gossamer:resnet8", "--input", "1,3"], "input"),
+        (["inspect", "gossamer:resnet8", "--input", "banana"], "--input"),
+        (["inspect", "gossamer:resnet8", "--weights", "absent.pth"], "absent.pth"),
+        (["compress", "gossamer:resnet8", "--data", "digits"], "--out"),
+        (["compress", "gossamer:resnet8", "--data", "digit", "--out", "out"], "digits"),
+        (["compress", "gossamer:resnet8", "--data", "imagefolder:absent", "--out", "out"], "absent"),
+        (["compress", "gossamer:resnet8", "--data", "digits", "--out", "out"], "channels"),
+        (["compress", "gossamer:resnet8", "--data", "digits", "--out", "out", "--recipe", "absent.yaml"], "absent.yaml"),
+        (["compress", "gossamer:resnet8", "--data", "digits", "--out", "out", "--budget", "latncy=0.5"], "latency"),
+        (["report", "absent"], "absent"),
+        (["bench", "absent.onnx"], "absent.onnx"),
+        (["bench", "gossamer:resnet8", "--runtime", "onnxruntim"], "onnxruntime"),
+        (["export", "absent"], "absent"),
+        (["train", "gossamer:resnet8", "--data", "digits", "--out", "out", "--optimizer", "adam"], "adamw"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call(*arguments) == 2
+    err = capsys.readouterr().err
+    assert words in err
+    assert len(err.strip().splitlines()) == 1, err
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_weights_list_names_and_shapes(capsys, tmp_path):
+    save_file({"fc.weight": torch.zeros(2, 2)}, tmp_path / "w.safetensors")
+    assert call("inspect", "gossamer:resnet8", "--weights", str(tmp_path / "w.safetensors")) == 2
+    err = capsys.readouterr().err
+    assert "w.safetensors" in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_a_pickle_is_never_executed(capsys, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    torch.save(Evil(), tmp_path / "w.pth")
+    assert call("inspect", "gossamer:resnet8", "--weights", str(tmp_path / "w.pth")) == 2
+    assert not (tmp_path / "executed").exists()
+    assert "safetensors" in capsys.readouterr().err
+
+
+def test_json_errors_are_json_too(capsys):
+    assert call("inspect", "gossamer:nothing_like_it", "--json") == 2
+    assert "nothing_like_it" in json.loads(capsys.readouterr().out)["error"]
+
+
+def test_inspect_as_json_counts_what_torch_counts(capsys):
+    assert call("inspect", "gossamer:resnet8", "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    from gossamer.models import resnet8
+
+    assert shown["profile"]["params"] == sum(p.numel() for p in resnet8().parameters())
+    assert any(g["frozen"] is None for g in shown["groups"])
+
+
+def test_an_occupied_folder_is_refused(capsys, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("precious")
+    assert call("compress", "gossamer:resnet8?in_channels=1", "--data", "digits", "--out", str(tmp_path / "run")) == 2
+    assert "already holds" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["mine.txt"]
+
+
+def test_train_then_compress_report_bench_and_export(capsys, tmp_path):
+    model = "gossamer:resnet8?width=8&in_channels=1"
+    trained, out = tmp_path / "trained", tmp_path / "run"
+    assert call("train", model, "--data", "digits", "--out", str(trained), "--epochs", "2", "--json") == 0
+    weights = json.loads(capsys.readouterr().out)["weights"]
+    options = ["compress", model, "--weights", weights, "--data", "digits"]
+    assert call(*options, "--dry-run") == 0
+    assert "plan:" in capsys.readouterr().out
+    assert call(*options, "--out", str(out), "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["after"]["size_bytes"] < report["before"]["size_bytes"]
+    assert call("report", str(out)) == 0
+    assert "top-1" in capsys.readouterr().out.lower()
+    assert call("report", str(out), str(out)) == 0
+    assert call("bench", model, str(out), str(out / "model.onnx"), "--input", "1,1,8,8", "--seconds", "0.1", "--json") == 0
+    capsys.readouterr()
+    assert call("export", str(out), "--json") == 0
+    assert (out / "export.onnx").stat().st_size > 0
+    assert call("export", str(out)) == 2
+    assert call("export", str(out), "--format", "onx", "--out", str(tmp_path / "x")) == 2
+    assert "onnx" in capsys.readouterr().err
+    assert call("inspect", str(out)) == 0
+    assert call("compress", model, "--data", "digits", "--out", str(tmp_path / "b"), "--budget", "size=10B,macs=1") == 1
+    assert "best that can" in capsys.readouterr().err
+
+
+def test_help_does_not_import_torch():
+    code = "import sys, gossamer.cli._commands; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
