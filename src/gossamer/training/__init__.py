@@ -1,1 +1,20 @@
+"""The one training loop, and what it is made of."""
 
+from gossamer.training.layout import set_layout
+from gossamer.training.loop import FitOptions, FitResult, TrainingOptions, fit
+from gossamer.training.objectives import Objective, as_objective, cross_entropy
+from gossamer.training.optimizers import OPTIMIZERS, lr_factor, make_optimizer
+
+__all__ = [
+    "OPTIMIZERS",
+    "FitOptions",
+    "FitResult",
+    "Objective",
+    "TrainingOptions",
+    "as_objective",
+    "cross_entropy",
+    "fit",
+    "lr_factor",
+    "make_optimizer",
+    "set_layout",
+]
