@@ -38,7 +38,7 @@ def count_batches(data: Iterable[Any]) -> int:
     """
     if not isinstance(data, Iterable) or isinstance(data, Tensor | dict):
         raise SourceError(f"training data must be an iterable of batches, not {type(data).__name__}")
-    if iter(data) is data:
+    if hasattr(data, "__next__"):
         raise SourceError("training data is an iterator, which can be read only once: pass a DataLoader or a list of batches")
     try:
         n = len(data)  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from gossamer.result import ExampleInputs, Result
 from gossamer.sources.batches import Batch
 from gossamer.training import checkpoint as checkpoints
 from gossamer.training.checkpoint import Progress
-from gossamer.training.feeding import count_batches, own_randomness, samples_of, take_apart
+from gossamer.training.feeding import count_batches, own_randomness, samples_of, seed_epoch, take_apart
 from gossamer.training.layout import lay_out, set_layout, takes_channels_last
 from gossamer.training.objectives import Objective, as_objective, logits_of, name_of
 from gossamer.training.optimizers import lr_factor, make_optimizer
