@@ -33,8 +33,6 @@ def profile(model: nn.Module | Result, example_inputs: ExampleInputs = None) -> 
         UsageError: ``example_inputs`` are missing.
         TraceError: the network fails on them.
     """
-    from gossamer.trace import costs
-
     network = model
     if isinstance(model, Result):
         network = model.model
@@ -43,4 +41,6 @@ def profile(model: nn.Module | Result, example_inputs: ExampleInputs = None) -> 
         raise UsageError(f"profile takes a torch.nn.Module or a Result, not {type(network).__name__}")
     if example_inputs is None:
         raise UsageError("profile needs example_inputs, for example (torch.zeros(1, 3, 224, 224),)")
+    from gossamer.trace import costs
+
     return costs(network, example_inputs)

@@ -78,7 +78,9 @@ def points(difference: float) -> str:
         ('-1.5 points', '+0.25 points', '±0.0 points')
     """
     shown = hundredths(difference * 100)
-    return f"{'±' if shown in ('0.0', '-0.0') else '' if shown.startswith('-') else '+'}{shown.removeprefix('-') if float(shown) == 0 else shown} points"
+    if float(shown) == 0:
+        return "±0.0 points"
+    return f"{shown} points" if difference < 0 else f"+{shown} points"
 
 
 def hundredths(x: float) -> str:

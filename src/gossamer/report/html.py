@@ -59,6 +59,7 @@ def html_report(report: Report) -> str:
         .render(
             report=report,
             verdict=verdict(report),
+            created=report.created.replace("T", " ").replace("+00:00", " UTC"),
             tone=tone(report),
             cards=cards(report.before, report.after),
             frozen=sorted(by_reason.items(), key=lambda item: -len(item[1])),
@@ -120,7 +121,7 @@ def cards(before: Measured, after: Measured) -> list[Card]:
         ("Parameters", before.params, after.params, figures.amount),
         ("Activations at the peak", before.peak_activation_bytes, after.peak_activation_bytes, figures.size),
     ):
-        out.append(_bar(title, b, a, unit, times(b, a, "fewer" if unit is figures.amount else "less", "more", "same")))
+        out.append(_bar(title, b, a, unit, _percent_less(b, a, "fewer" if unit is figures.amount else "less")))
     return out
 
 
@@ -179,6 +180,10 @@ def _accuracy(before: Accuracy | None, after: Accuracy) -> Card:
     return Card(
         "Top-1 accuracy", figures.top1(after), change, "bad" if drop < -0.01 - 1e-9 else "good" if drop > 0 else "same", marks, note
     )
+
+
+def _percent_less(before: float, after: float, less: str) -> str:
+    return f"{figures.change(after, before).lstrip('-+')} {'' if after == before else less if after < before else 'more'}".rstrip()
 
 
 def _tone(before: float, after: float) -> str:

@@ -86,9 +86,12 @@ def _less_accurate(before: Measured, after: Measured, drop: float) -> list[str]:
         return ["accuracy was not measured: the data has no labels"]
     if b is None or b.value - a.value <= drop + 1e-9:
         return []
-    line = f"less accurate than the original by {figures.hundredths((b.value - a.value) * 100)} points: {figures.top1(a)} against {figures.top1(b)} top-1"
-    within = a.value >= b.interval[0]
-    return [line + f" (n = {a.n}; {'within' if within else 'below'} the original's 95% interval, {figures.interval(b).split(',')[0]})"]
+    fell = figures.hundredths((b.value - a.value) * 100)
+    within = "within" if a.value >= b.interval[0] else "below"
+    return [
+        f"less accurate than the original by {fell} points: {figures.top1(a)} against {figures.top1(b)} top-1 "
+        f"(n = {a.n}; {within} the original's 95% interval, {figures.interval(b).split(',')[0]})"
+    ]
 
 
 def _unfaithful(after: Measured, parity: Parity | None, simulated: Accuracy | None) -> list[str]:
