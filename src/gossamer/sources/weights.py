@@ -106,17 +106,22 @@ def _read(path: Path) -> Any:
     try:
         with path.open("rb") as f:
             head = f.read(9)
-        return (
-            load_file(path)
-            if path.suffix == ".safetensors" or head[8:] == b"{"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
+        if path.suffix == ".safetensors" or head[8:] == b"{":
+            return load_file(path)
+    except (OSError, SafetensorError) as e:
+        raise WeightsError(f"cannot read weights from {path}: {_one_line(e)}") from None
+    if head[:4] != b"PK\x03\x04" and head[:1] != b"\x80":  # a zip archive, or a pickle of protocol 2 or later
+        raise WeightsError(f"{path} is neither safetensors nor a torch file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        if head[:2] == b"PK" or head[:1] == b"\x80":
-            raise WeightsError(
-                f"{path} holds more than tensors, and reading it would run code from the file: "
-                f"save its state dict alone, as safetensors (safetensors.torch.save_file(model.state_dict(), FILE))"
-            ) from None
-        raise WeightsError(f"{path} is neither safetensors nor a torch file") from None
-    except (OSError, EOFError, SafetensorError, RuntimeError, ValueError, AttributeError) as e:
-        raise WeightsError(f"cannot read weights from {path}: {' '.join(str(e).split())[:200] or type(e).__name__}") from None
+        raise WeightsError(
+            f"{path} holds more than tensors, and reading it would run code from the file: "
+            f"save its state dict alone, as safetensors (safetensors.torch.save_file(model.state_dict(), FILE))"
+        ) from None
+    except Exception as e:  # a broken file makes the restricted unpickler fail in many ways
+        raise WeightsError(f"cannot read weights from {path}: {_one_line(e)}") from None
+
+
+def _one_line(e: Exception) -> str:
+    return " ".join(str(e).split())[:200] or type(e).__name__
