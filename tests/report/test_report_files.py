@@ -58,6 +58,7 @@ def test_json_round_trip(tmp_path):
     path = write(original, tmp_path / "run")
     json.loads(path.read_text(), parse_constant=lambda c: pytest.fail(f"{c} is not JSON"))
     assert read(tmp_path / "run") == read(path) == original
+    assert original.model_dump(mode="json")["parity"]["sqnr_db"] == "Infinity"
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["README.md", "report.html", "report.json"]
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, PlainSerializer
+
+Decibels = Annotated[
+    float, PlainSerializer(lambda db: db if math.isfinite(db) else "Infinity" if db > 0 else "-Infinity", when_used="json")
+]
+"""A ratio in decibels; JSON has no infinity (no difference at all), so it stands there as a string that reads back."""
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+    model_config = ConfigDict(extra="forbid")
 
 
 class Latency(_Part):
@@ -53,9 +59,9 @@ class Parity(_Part):
 
     before_difference: float
     after_difference: float | None = None
-    sqnr_db: float | None = None
+    sqnr_db: Decibels | None = None
     top1_agreement: float | None = None
-    simulation_sqnr_db: float | None = None
+    simulation_sqnr_db: Decibels | None = None
     n: int
 
 
