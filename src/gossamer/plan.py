@@ -251,7 +251,7 @@ def _homes(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
 def _keep(model: nn.Module, homes: dict[int, list[tuple[nn.Module, str]]], edit: Keep) -> None:
     path, _, leaf = edit.tensor.rpartition(".")
     module = _module(model, path)
-    old = module._parameters.get(leaf)
+    old: torch.Tensor | None = module._parameters.get(leaf)
     old = module._buffers.get(leaf) if old is None else old
     if old is None:
         names = [n for n, _ in model.named_parameters()] + [n for n, _ in model.named_buffers()]

@@ -202,7 +202,7 @@ class Recipe(BaseModel):
         kinds = [s.kind for s in steps]
         if "quantize" in kinds[:-1]:
             raise RecipeError(f"{where}: quantize must be the last step; nothing can be trained or cut after it")
-        return cls.model_construct(steps=steps, budget=budget, version=1)
+        return cls.model_construct(steps=steps, budget=budget)  # type: ignore[arg-type]
 
     def dump(self) -> str:
         """The recipe as YAML that `parse` reads back."""
@@ -212,7 +212,7 @@ class Recipe(BaseModel):
         return yaml.safe_dump(raw, sort_keys=False)
 
     @classmethod
-    def schema_json(cls) -> dict[str, Any]:
+    def json_schema(cls) -> dict[str, Any]:
         """The JSON schema of the YAML form, as published in ``docs/recipe.schema.json``."""
         defs = {kind: step.model_json_schema() for kind, step in STEPS.items()}
         one = [

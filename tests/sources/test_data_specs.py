@@ -142,7 +142,7 @@ def test_cifar10_binary(cifar, tmp_path):
 
 def test_cifar10_as_pickles_is_refused_with_the_fix(tmp_path):
     (tmp_path / "cifar-10-batches-py").mkdir()
-    with pytest.raises(SourceError, match="pickles.*binary version"):
+    with pytest.raises(SourceError, match=r"pickles.*binary version"):
         load_data(f"cifar10:{tmp_path}")
 
 

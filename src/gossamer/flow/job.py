@@ -16,7 +16,7 @@ from gossamer.errors import RecipeError, SourceError, UsageError, WeightsError
 from gossamer.recipe import Budget, Fit, Prune, Quantize, Recipe
 from gossamer.result import ExampleInputs
 from gossamer.sources import Data, LoadedModel, load_data, load_model
-from gossamer.sources.batches import check_inputs
+from gossamer.sources.batches import call, check_inputs, outputs
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 CALIBRATION_SAMPLES = 512  # taken from a training split where no calibration data is named
@@ -33,6 +33,7 @@ class Job:
         evaluation, calibration, training: batches, each can be read again and again; training is None where there is none.
         data_name: for the report.
         warnings: what the user must know before reading any figure.
+        preprocessing: in words, what images go through; None where it is not known.
     """
 
     model: nn.Module
@@ -47,6 +48,7 @@ class Job:
     seed: int
     threads: int
     warnings: tuple[str, ...]
+    preprocessing: str | None = None
 
     def recipe_name(self) -> str:
         """The recipe as one line."""
@@ -113,10 +115,12 @@ def resolve(
         warnings.append("calibrated on the evaluation data itself: its accuracy is slightly flattered; name calibration data")
     if example_inputs is None:
         example_inputs = _example(data, loaded)
+    example_inputs = check_inputs(example_inputs)
+    _check_fits(network, example_inputs, data, name)
     return Job(
         model=network,
         source=loaded.spec if isinstance(loaded, LoadedModel) else None,
-        example_inputs=check_inputs(example_inputs),
+        example_inputs=example_inputs,
         evaluation=evaluation,
         calibration=calibration,
         training=training,
@@ -126,6 +130,7 @@ def resolve(
         seed=seed,
         threads=threads,
         warnings=tuple(warnings),
+        preprocessing=" ".join(str(transform).split()) if transform is not None else None,
     )
 
 
@@ -137,6 +142,24 @@ def check_finite(model: nn.Module) -> None:
             raise WeightsError(
                 f"{name} holds {bad} values that are NaN or infinite: the network cannot be compressed, check how it was trained"
             )
+
+
+def _check_fits(network: nn.Module, example_inputs: ExampleInputs, data: Any, name: str | None) -> None:
+    """SourceError where the network does not run on a sample of the data, or has fewer outputs than the data has classes."""
+    inputs = example_inputs.values() if isinstance(example_inputs, dict) else example_inputs
+    training = network.training
+    network.eval()
+    try:
+        with torch.no_grad():
+            found = outputs(call(network, example_inputs))
+    except (RuntimeError, TypeError, ValueError, IndexError) as e:
+        shapes = ", ".join(str(tuple(t.shape)) for t in inputs if isinstance(t, Tensor))
+        reason = str(e).strip().splitlines()[0]
+        raise SourceError(f"the network does not take inputs of shape {shapes}{f' from {name}' if name else ''}: {reason}") from e
+    finally:
+        network.train(training)
+    if isinstance(data, Data) and found and found[0].dim() == 2:
+        data.check(found[0].shape[1])
 
 
 def check_folder(out: str | Path, *, resume: bool) -> Path:

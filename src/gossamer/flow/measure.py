@@ -12,7 +12,7 @@ from gossamer import __version__
 from gossamer.flow.job import Job, Progress
 from gossamer.plan import Plan, QuantizeWeight
 from gossamer.recipe import LATENCY_UNITS, SIZE_UNITS, Budget, Recipe, quantity
-from gossamer.report.schema import Accuracy, Frozen, Latency, LayerRow, Measured, Parity, Report, StepReport, Target
+from gossamer.report.schema import Accuracy, Frozen, Input, Latency, LayerRow, Measured, Parity, Report, StepReport, Target
 from gossamer.result import Profile, Result
 from gossamer.run_folder import environment
 
@@ -111,8 +111,20 @@ def measure(
         layers=layer_rows(original.profile, compressed, result.plan),
         frozen=list(original.frozen),
         budget=budget,
-        warnings=[*warnings_for(before, after, parity), *job.warnings, *exported.notes],
+        warnings=[*warnings_for(before, after, parity, steps=steps, budget=budget), *job.warnings, *exported.notes],
+        inputs=_inputs(path),
+        preprocessing=job.preprocessing,
     )
+
+
+def _inputs(path: Path) -> list[Input]:
+    """The graph's inputs as a user of the file must feed them."""
+    from gossamer.profiling.runtime import DTYPES, session
+
+    return [
+        Input(name=i.name, shape=[d if isinstance(d, int) else 1 for d in i.shape], dtype=DTYPES[i.type].__name__)
+        for i in session(path, 1).get_inputs()
+    ]
 
 
 def _stage(progress: Progress | None, stage: str) -> Any:

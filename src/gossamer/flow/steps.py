@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -73,7 +74,7 @@ def run_step(step: object, model: nn.Module, before: Profile, job: Job, *, folde
 def _train(step: Fit, model: nn.Module, before: Profile, job: Job, folder: Path | None, tick: object) -> Result:
     from gossamer.plan import Plan, input_specs
 
-    options = {
+    options: dict[str, Any] = {
         "epochs": step.epochs,
         "lr": step.lr,
         "optimizer": step.optimizer,
@@ -88,11 +89,11 @@ def _train(step: Fit, model: nn.Module, before: Profile, job: Job, folder: Path 
     if isinstance(step, Distill):
         from gossamer.distillation import distill
 
-        trained = distill(model, job.model, job.training, alpha=step.alpha, tau=step.tau, **options)  # type: ignore[arg-type]
+        trained = distill(model, job.model, job.training, alpha=step.alpha, tau=step.tau, **options)
     else:
         from gossamer.training import fit
 
-        trained = fit(model, job.training, **options)  # type: ignore[arg-type]
+        trained = fit(model, job.training, **options)
     return Result(
         model=trained.model.eval(),
         plan=Plan(inputs=input_specs(job.example_inputs)),

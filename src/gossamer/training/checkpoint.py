@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import asdict, dataclass, field
@@ -85,7 +86,8 @@ def save(folder: Path, model: nn.Module, optimizer: Optimizer, progress: Progres
             os.fsync(f.fileno())
         os.replace(temporary, folder / FILE)
     except (OSError, SafetensorError) as e:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise RunFolderError(f"cannot write a checkpoint into {folder}: {e}") from None
 
 

@@ -268,14 +268,14 @@ def _epoch(
 ) -> None:
     """Train for the rest of the epoch that ``state`` is in."""
     run.model.train()
-    skip = state.step
-    for index, raw in enumerate(data):
-        if index < skip:
-            continue
-        if index == skip and generators:
-            torch.set_rng_state(generators["cpu"])
-            if "cuda" in generators:
-                torch.cuda.set_rng_state(generators["cuda"], run.device)
+    batches = iter(data)
+    for _ in range(state.step):  # what was trained on before the interruption
+        next(batches)
+    if generators:
+        torch.set_rng_state(generators["cpu"])
+        if "cuda" in generators:
+            torch.cuda.set_rng_state(generators["cuda"], run.device)
+    for index, raw in enumerate(batches, start=state.step):
         batch = run.prepare(raw)
         loss = run.step(batch, state.epoch * steps + index, f"step {index + 1} of epoch {state.epoch + 1}")
         n = samples_of(batch)
