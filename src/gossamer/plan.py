@@ -271,5 +271,8 @@ def _keep(model: nn.Module, homes: dict[int, list[tuple[nn.Module, str]]], edit:
         new = nn.Parameter(new, requires_grad=old.requires_grad)
     places = homes.pop(id(old))
     for owner, name in places:
-        (owner._parameters if isinstance(new, nn.Parameter) else owner._buffers)[name] = new
+        if isinstance(new, nn.Parameter):
+            owner._parameters[name] = new
+        else:
+            owner._buffers[name] = new
     homes[id(new)] = places
