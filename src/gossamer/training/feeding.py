@@ -37,7 +37,8 @@ def count_batches(data: Iterable[Any]) -> int:
         SourceError: there are none, or the data can be read only once.
     """
     if not isinstance(data, Iterable) or isinstance(data, Tensor | dict):
-        raise SourceError(f"training data must be an iterable of batches, not {type(data).__name__}")
+        hint = ": pass data.loader('train', shuffle=True)" if hasattr(data, "loader") else ""
+        raise SourceError(f"training data must be an iterable of batches, not {type(data).__name__}{hint}")
     if hasattr(data, "__next__"):
         raise SourceError("training data is an iterator, which can be read only once: pass a DataLoader or a list of batches")
     try:
