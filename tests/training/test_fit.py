@@ -339,7 +339,7 @@ def test_bad_data():
     with pytest.raises(SourceError, match="iterable of batches"):
         fit(net(), torch.zeros(3, 6))
     dataset = TensorDataset(torch.zeros(2, 6))
-    with pytest.raises(SourceError, match="pass data.loader"):
+    with pytest.raises(SourceError, match=r"pass data\.loader"):
         fit(net(), Data("mine", dataset, dataset, 2, (1, 6)))
     with pytest.raises(SourceError, match="no target"):
         fit(net(), [torch.zeros(3, 6)])
