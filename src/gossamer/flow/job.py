@@ -189,7 +189,7 @@ def _splits(data: Any, recipe: Recipe | None, seed: int) -> tuple[str | None, It
         return data.name, data.loader("val", batch_size=32), training
     if isinstance(data, Tensor | dict) or not isinstance(data, Iterable):
         raise SourceError(f"data must be an iterable of batches or a specification such as 'digits', not {type(data).__name__}")
-    if iter(data) is data:
+    if hasattr(data, "__next__"):
         raise SourceError("data is an iterator, which can be read only once: pass a DataLoader or a list of batches")
     if any(isinstance(s, Prune) and s.importance == "taylor" for s in (recipe.steps if recipe else ())) and not trains:
         return None, data, None
