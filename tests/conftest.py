@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,10 +13,9 @@ SHARED = ROOT.parent / "shared"
 
 
 @pytest.fixture(autouse=True)
-def _two_threads() -> Iterator[None]:
-    """Two threads, and a fixed seed for what a test draws itself."""
+def _seed() -> None:
+    """A fixed seed for what a test draws itself."""
     torch.manual_seed(0)
-    yield
 
 
 @pytest.fixture(scope="session")

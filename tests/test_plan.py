@@ -14,7 +14,11 @@ def test_keep_equals_direct_indexing_and_leaves_the_source_alone():
     net = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
     before = {k: v.clone() for k, v in net.state_dict().items()}
     index = (0, 2, 3)
-    edits = [Keep(tensor="0.weight", dim=0, index=index), Keep(tensor="0.bias", dim=0, index=index), Keep(tensor="1.weight", dim=1, index=index)]
+    edits = [
+        Keep(tensor="0.weight", dim=0, index=index),
+        Keep(tensor="0.bias", dim=0, index=index),
+        Keep(tensor="1.weight", dim=1, index=index),
+    ]
     cut = apply_structure(net, edits)
     assert torch.equal(cut[0].weight, before["0.weight"][list(index)])
     assert torch.equal(cut[1].weight, before["1.weight"][:, list(index)])
@@ -43,12 +47,17 @@ def test_two_cuts_of_one_tensor_follow_each_other():
 
 
 def test_add_bias_and_set_attribute():
-    cut = apply_structure(nn.Sequential(nn.Linear(4, 3, bias=False)), [AddBias(module="0", size=3), SetAttribute(module="0", name="in_features", value=4)])
+    cut = apply_structure(
+        nn.Sequential(nn.Linear(4, 3, bias=False)), [AddBias(module="0", size=3), SetAttribute(module="0", name="in_features", value=4)]
+    )
     assert torch.equal(cut[0].bias, torch.zeros(3))
 
 
 def test_saved_and_loaded_plans_are_equal(tmp_path):
-    plan = Plan(edits=(Keep(tensor="a.weight", dim=1, index=((0, 1), (1, 2))), AddBias(module="a", size=2)), inputs=input_specs((torch.zeros(1, 3),)))
+    plan = Plan(
+        edits=(Keep(tensor="a.weight", dim=1, index=((0, 1), (1, 2))), AddBias(module="a", size=2)),
+        inputs=input_specs((torch.zeros(1, 3),)),
+    )
     assert Plan.load(plan.save(tmp_path / "plan.json")) == plan
     assert [t.shape for t in plan.example_inputs()] == [(1, 3)]
 

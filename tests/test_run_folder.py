@@ -61,7 +61,11 @@ def test_writing_below_a_file_is_a_run_folder_error(tmp_path):
 
 def test_save_and_load_a_result(tmp_path):
     net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-    edits = (Keep(tensor="0.weight", dim=0, index=(0, 2)), Keep(tensor="0.bias", dim=0, index=(0, 2)), Keep(tensor="2.weight", dim=1, index=(0, 2)))
+    edits = (
+        Keep(tensor="0.weight", dim=0, index=(0, 2)),
+        Keep(tensor="0.bias", dim=0, index=(0, 2)),
+        Keep(tensor="2.weight", dim=1, index=(0, 2)),
+    )
     plan = Plan(edits=edits)
     cut = plan.apply(net)
     with torch.no_grad():

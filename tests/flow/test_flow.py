@@ -16,7 +16,17 @@ import gossamer as gs
 from gossamer.errors import BudgetError, RecipeError, RunFolderError, SourceError, WeightsError
 from gossamer.flow import plan_only
 
-FILES = {"recipe.yaml", "environment.json", "plan.json", "model.safetensors", "model.onnx", "report.json", "report.html", "README.md", "log.jsonl"}
+FILES = {
+    "recipe.yaml",
+    "environment.json",
+    "plan.json",
+    "model.safetensors",
+    "model.onnx",
+    "report.json",
+    "report.html",
+    "README.md",
+    "log.jsonl",
+}
 
 
 def network(seed: int = 0) -> nn.Module:

@@ -203,7 +203,9 @@ def _judge(agreement: Agreement, quantized: bool, parity: float) -> tuple[str, .
             "this CPU; quantize with target='avx2'. The file was removed"
         )
     if agreement.sqnr_db < 12:
-        return (f"ONNX Runtime's integer kernels are {agreement.sqnr_db:.1f} dB from the simulation on this CPU: judge the file, not the network",)
+        return (
+            f"ONNX Runtime's integer kernels are {agreement.sqnr_db:.1f} dB from the simulation on this CPU: judge the file, not the network",
+        )
     return ()
 
 

@@ -61,14 +61,18 @@ def compare(model: nn.Module, session: Any, names: Sequence[str], batches: Itera
             if a.shape != b.shape:
                 raise ExportError(f"the file gives shape {tuple(b.shape)} where the network gives {tuple(a.shape)}")
             if not bool(torch.isfinite(a).all()):
-                raise ExportError("the network gives NaN or infinity on the inputs it is compared on: check its weights and the example inputs")
+                raise ExportError(
+                    "the network gives NaN or infinity on the inputs it is compared on: check its weights and the example inputs"
+                )
             if not a.numel():
                 continue
             error = (a.double() - b.double()).abs()
             scale = float(a.double().abs().max())
             worst = max(worst, float(error.max()) / scale if scale else float(error.max()))
             signal, noise = signal + float(a.double().square().sum()), noise + float(error.square().sum())
-        scores = next(((a, b) for a, b in zip(ours, theirs, strict=True) if a.dim() == 2 and a.shape[1] > 1 and a.is_floating_point()), None)
+        scores = next(
+            ((a, b) for a, b in zip(ours, theirs, strict=True) if a.dim() == 2 and a.shape[1] > 1 and a.is_floating_point()), None
+        )
         if scores:
             same += int((scores[0].argmax(1) == scores[1].argmax(1)).sum())
             rows += scores[0].shape[0]

@@ -9,7 +9,19 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
-_MOVES = {"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Split", "Identity", "DepthToSpace", "SpaceToDepth", "MaxPool"}
+_MOVES = {
+    "Reshape",
+    "Transpose",
+    "Flatten",
+    "Squeeze",
+    "Unsqueeze",
+    "Slice",
+    "Split",
+    "Identity",
+    "DepthToSpace",
+    "SpaceToDepth",
+    "MaxPool",
+}
 _ONE_OUTPUT_MOVES = _MOVES - {"Split", "MaxPool"}
 
 
@@ -113,7 +125,11 @@ class _Graph:
         """An int32 bias that no kernel takes as such (the Add after a MatMul): stored in float."""
         for node in [n for n in self.nodes if n.op_type == "DequantizeLinear"]:
             q = self.constants.get(node.input[0])
-            if q is None or q.data_type != TensorProto.INT32 or any(r.op_type in ("Conv", "Gemm") for r in self.readers.get(node.output[0], [])):
+            if (
+                q is None
+                or q.data_type != TensorProto.INT32
+                or any(r.op_type in ("Conv", "Gemm") for r in self.readers.get(node.output[0], []))
+            ):
                 continue
             codes, scale = self.array(node.input[0]), self.array(node.input[1])
             if codes is None or scale is None or node.output[0] in self.outputs:
@@ -126,7 +142,11 @@ class _Graph:
         """Zero points of signed weights, which ONNX lets one leave out and Gemm's and MatMul's integer kernels ask for."""
         for node in self.nodes:
             q = self.constants.get(node.input[0]) if node.op_type == "DequantizeLinear" and len(node.input) == 2 else None
-            if q is None or q.data_type != TensorProto.INT8 or not any(r.op_type in ("Gemm", "MatMul") for r in self.readers[node.output[0]]):
+            if (
+                q is None
+                or q.data_type != TensorProto.INT8
+                or not any(r.op_type in ("Gemm", "MatMul") for r in self.readers[node.output[0]])
+            ):
                 continue
             scale, name = self.array(node.input[1]), self.name()
             assert scale is not None
@@ -136,7 +156,7 @@ class _Graph:
     def dequantize_later(self) -> bool:
         """Where dequantised values are only moved, move the integers and dequantise after. True where something changed."""
         for node in self.nodes:
-            if node.op_type not in _MOVES or node.op_type == "MaxPool" and len(node.output) > 1:
+            if node.op_type not in _MOVES or (node.op_type == "MaxPool" and len(node.output) > 1):
                 continue
             source = self.activation_dequantized(node.input[0])
             if source is None:
@@ -154,7 +174,7 @@ class _Graph:
     def quantize_earlier(self) -> bool:
         """Where a value is moved and then quantised, quantise and then move. True where something changed."""
         for node in self.nodes:
-            if node.op_type != "QuantizeLinear" or len(node.input) > 1 and (s := self.array(node.input[1])) is not None and s.ndim:
+            if node.op_type != "QuantizeLinear" or (len(node.input) > 1 and (s := self.array(node.input[1])) is not None and s.ndim):
                 continue
             move = self.maker.get(node.input[0])
             if move is None or move.op_type not in _ONE_OUTPUT_MOVES or self.only_reader(node.input[0]) is not node:

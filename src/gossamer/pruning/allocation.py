@@ -34,7 +34,9 @@ class Family:
     steps: Tensor
 
 
-def families(groups: Sequence[ChannelGroup], scores: Tensor, *, round_to: int = 1, floor: float = 0.1, kept: Tensor | None = None) -> list[Family]:
+def families(
+    groups: Sequence[ChannelGroup], scores: Tensor, *, round_to: int = 1, floor: float = 0.1, kept: Tensor | None = None
+) -> list[Family]:
     """Prepare families for `choose`.
 
     Args:

@@ -167,7 +167,7 @@ def _store_bias(
     module: fx.GraphModule, layer: fx.Node, edit: QuantizeWeight, use: int, steps: dict[fx.Node, tuple[fx.Node, float]]
 ) -> None:
     """Store the bias of one call as int32 codes of step ``input step * weight step``; a layer without one gets zeros."""
-    rounding = {rounded: step for rounded, step in steps.values()}
+    rounding = dict(steps.values())
     assert isinstance(layer.args[0], fx.Node)
     origin = source(layer.args[0])
     if origin not in rounding:

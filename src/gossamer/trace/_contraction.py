@@ -148,8 +148,10 @@ def matrix_vector(watch: Watch, call: Call) -> list[Planes]:
     return [tuple(p.squeeze(-1) for p in planes)]
 
 
-@rule("_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention "
-      "_scaled_dot_product_cudnn_attention _scaled_dot_product_attention_math _scaled_dot_product_fused_attention_overrideable")
+@rule(
+    "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention "
+    "_scaled_dot_product_cudnn_attention _scaled_dot_product_attention_math _scaled_dot_product_fused_attention_overrideable"
+)
 def attention(watch: Watch, call: Call) -> list[Planes]:
     """Scaled dot-product attention: two matrix products. A head's query, key and value channels leave together."""
     q, k, v = (watch.operand(t) for t in call.args[:3])

@@ -151,14 +151,14 @@ class Replay(Ledger):
         kept = self._kept.get((tensor, dim))
         return kept.reshape(shape) if kept is not None and kept.numel() == size * (blocks or 1) else torch.zeros(shape, dtype=torch.long)
 
-    def mark(self, labels: Tensor, role: Role) -> None: ...  # noqa: D102
+    def mark(self, labels: Tensor, role: Role) -> None: ...
 
-    def unify(self, a: Tensor, b: Tensor, reason: Reason) -> None: ...  # noqa: D102
+    def unify(self, a: Tensor, b: Tensor, reason: Reason) -> None: ...
 
-    def freeze(self, labels: Tensor, reason: Reason) -> None: ...  # noqa: D102
+    def freeze(self, labels: Tensor, reason: Reason) -> None: ...
 
-    def blur(self, labels: Tensor, reason: Reason) -> None: ...  # noqa: D102
+    def blur(self, labels: Tensor, reason: Reason) -> None: ...
 
-    def rectangle(self, kind: Literal["box", "even", "group"], *parts: Tensor, note: str = "") -> None: ...  # noqa: D102
+    def rectangle(self, kind: Literal["box", "even", "group"], *parts: Tensor, note: str = "") -> None: ...
 
-    def slot(self, labels: Tensor) -> None: ...  # noqa: D102
+    def slot(self, labels: Tensor) -> None: ...

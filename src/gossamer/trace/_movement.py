@@ -304,4 +304,3 @@ def fixed(watch: Watch, call: Call, planes: Planes, dims: Sequence[int]) -> Plan
         else:
             left.append(p)
     return tuple(left)
-

@@ -13,8 +13,10 @@ from gossamer.trace._rules import rule
 from gossamer.trace._watch import Call, Watch
 
 
-@rule("native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm miopen_batch_norm batch_norm "
-      "_native_batch_norm_legit_functional _batch_norm_with_update")
+@rule(
+    "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm miopen_batch_norm batch_norm "
+    "_native_batch_norm_legit_functional _batch_norm_with_update"
+)
 def batch_norm(watch: Watch, call: Call) -> list[Planes]:
     """One statistic for each position of dimension 1."""
     x = call.tensors[0]
@@ -79,8 +81,10 @@ def along(watch: Watch, call: Call) -> list[Planes]:
     return [planes] * len(call.outputs)
 
 
-@rule("sum mean amax amin max min prod any all var std var_mean std_mean norm linalg_vector_norm logsumexp argmax argmin median nanmedian "
-      "nansum nanmean aminmax count_nonzero _weight_norm_interface")
+@rule(
+    "sum mean amax amin max min prod any all var std var_mean std_mean norm linalg_vector_norm logsumexp argmax argmin median nanmedian "
+    "nansum nanmean aminmax count_nonzero _weight_norm_interface"
+)
 def reduction(watch: Watch, call: Call) -> list[Planes]:
     """A reduction: labels pass where they are not reduced over."""
     x = call.tensors[0]
@@ -124,13 +128,15 @@ def _weight_norm(watch: Watch, call: Call) -> list[Planes]:
     return [planes, *[()] * (len(call.outputs) - 1)]
 
 
-@rule("max_pool2d_with_indices max_pool3d_with_indices max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d "
-      "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d adaptive_max_pool3d mkldnn_max_pool2d "
-      "mkldnn_adaptive_avg_pool2d "
-      "fractional_max_pool2d reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d "
-      "upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d "
-      "_upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d "
-      "_upsample_bilinear2d_aa _upsample_bicubic2d_aa _upsample_lanczos2d_aa")
+@rule(
+    "max_pool2d_with_indices max_pool3d_with_indices max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d "
+    "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d adaptive_max_pool3d mkldnn_max_pool2d "
+    "mkldnn_adaptive_avg_pool2d "
+    "fractional_max_pool2d reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d "
+    "upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d "
+    "_upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d "
+    "_upsample_bilinear2d_aa _upsample_bicubic2d_aa _upsample_lanczos2d_aa"
+)
 def resample(watch: Watch, call: Call) -> list[Planes]:
     """Pooling, padding and resampling over space: labels do not vary there."""
     x = call.tensors[0]

@@ -317,4 +317,3 @@ def _tensors(values: Any) -> Iterator[Tensor]:
             yield v
         elif isinstance(v, tuple | list):
             yield from _tensors(v)
-
