@@ -50,8 +50,10 @@ class Artefact:
             raise UsageError(f"{self.name} is exported to be measured: pass example_inputs, for example (torch.zeros(1, 3, 224, 224),)")
         from gossamer.exporting import export
 
+        network = self.result if self.result is not None else self.model
+        assert network is not None
         path = workplace / f"{len(list(workplace.iterdir()))}.onnx"
-        export(self.result if self.result is not None else self.model, path, example_inputs=example_inputs)
+        export(network, path, example_inputs=example_inputs)
         return path
 
     def module(self) -> nn.Module:
