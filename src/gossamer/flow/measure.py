@@ -81,6 +81,9 @@ def measure(
                 threads=timed.threads,
                 batch=timed.batch,
                 runs=row.runs,
+                ratio=row.ratio,
+                ratio_p10=row.ratio_p10,
+                ratio_p90=row.ratio_p90,
             ),
             accuracy=accuracy,
         )

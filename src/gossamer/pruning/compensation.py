@@ -1,0 +1,294 @@
+"""Compensation: what the removed channels carried is predicted from those that stay, and folded into the layers that consume them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from gossamer.plan import AddBias
+from gossamer.sources.batches import split
+
+RIDGE = 0.1
+"""Regularisation, as a fraction of the mean variance of the channels that stay."""
+STAGES = 24
+"""Sweeps at most: consumers are fitted in this many groups, in execution order, each on what the groups before it made of the network."""
+
+
+class _Enough(Exception):
+    """Raised by a hook once the last consumer of a stage was reached: what comes after it does not matter."""
+
+
+@dataclass
+class _Moments:
+    """Streaming first and second moments of a consumer's input: x in the original network, y in the pruned one."""
+
+    n: int
+    x: Tensor
+    y: Tensor
+    xy: Tensor
+    yy: Tensor
+
+    @classmethod
+    def empty(cls, size_x: int, size_y: int) -> _Moments:
+        z = {"dtype": torch.float64}
+        return cls(
+            0, torch.zeros(size_x, **z), torch.zeros(size_y, **z), torch.zeros(size_x, size_y, **z), torch.zeros(size_y, size_y, **z)  # type: ignore[arg-type]
+        )
+
+    def add(self, x_NI: Tensor, y_NK: Tensor) -> None:
+        self.n += len(x_NI)
+        self.x += x_NI.sum(0).double()
+        self.y += y_NK.sum(0).double()
+        self.xy += (x_NI.T @ y_NK).double()
+        self.yy += (y_NK.T @ y_NK).double()
+
+
+def predict(moments: _Moments, keep: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Ridge regression of the original's channels on the pruned network's: ``x ~ A y + b``.
+
+    The penalty pulls ``A`` towards plain removal, not towards zero: ``A = S + (C_xy - S C_yy)(C_yy + lambda I)^-1``, S the selection.
+
+    Args:
+        moments: of the consumer's input.
+        keep: bool, which of the original's channels are left.
+        ridge: lambda as a fraction of the mean variance.
+
+    Returns:
+        ``A`` of shape ``(original, left)`` and ``b`` of shape ``(original,)``, float64.
+    """
+    mean_x, mean_y = moments.x / moments.n, moments.y / moments.n
+    c_xy = moments.xy / moments.n - torch.outer(mean_x, mean_y)
+    c_yy = moments.yy / moments.n - torch.outer(mean_y, mean_y)
+    select = torch.eye(len(keep), dtype=torch.float64)[:, keep]
+    penalty = max(ridge * float(c_yy.diagonal().mean()), 1e-12) * torch.eye(len(mean_y), dtype=torch.float64)
+    a = select + torch.linalg.solve(c_yy + penalty, (c_xy - select @ c_yy).T).T
+    return a, mean_x - a @ mean_y
+
+
+def compensate(
+    original: nn.Module,
+    pruned: nn.Module,
+    masks: Mapping[tuple[str, int], Tensor],
+    batches: Iterable[Any],
+    example_inputs: Any,
+    *,
+    ridge: float = RIDGE,
+    stages: int = STAGES,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[list[AddBias], tuple[str, ...]]:
+    """Fit every layer that lost inputs to what the original's layer gave, in place.
+
+    Layers are fitted in execution order, on what the layers before them, already fitted, give. The shift goes into the layer's bias; into the
+    running mean of a batch norm that follows directly; else the layer gets a bias.
+
+    Args:
+        original: the source network.
+        pruned: its cut copy, changed in place.
+        masks: from `ChannelMap.keep_masks`.
+        batches: calibration batches, read once a stage.
+        example_inputs: tells inputs from targets.
+        ridge: regularisation.
+        stages: most sweeps over the batches.
+        progress: called with stages done and all.
+
+    Returns:
+        The biases that were added, as edits, and one line for each thing that was left alone.
+    """
+    calls, notes = _consumers(original, masks, batches, example_inputs)
+    consumers = list(dict.fromkeys(calls))
+    norms = _following_norms(pruned, consumers, batches, example_inputs)
+    groups = [consumers[i * len(consumers) // stages : (i + 1) * len(consumers) // stages] for i in range(stages)]
+    groups = [g for g in groups if g]
+    edits: list[AddBias] = []
+    for done, group in enumerate(groups):
+        moments = _measure(original, pruned, masks, group, calls.count(group[-1]) == 1, batches, example_inputs)
+        for name in group:
+            if moments[name].n:
+                edits += _fold(original, pruned, name, masks, moments[name], ridge, norms.get(name))
+        if progress is not None:
+            progress(done + 1, len(groups))
+    return edits, notes
+
+
+def _axis(module: nn.Module) -> int | None:
+    """Input dimension of a consumer's weight; None where it cannot be compensated."""
+    if isinstance(module, nn.Linear):
+        return 1
+    if isinstance(module, _ConvNd) and module.groups == 1:
+        return 0 if isinstance(module, _ConvTransposeNd) else 1
+    return None
+
+
+def _consumers(
+    original: nn.Module, masks: Mapping[tuple[str, int], Tensor], batches: Iterable[Any], example_inputs: Any
+) -> tuple[list[str], tuple[str, ...]]:
+    """Names of the layers that lost inputs, one for each call, in execution order."""
+    modules = dict(original.named_modules())
+    wanted = []
+    skipped = []
+    for (tensor, dim), mask in masks.items():
+        path, _, leaf = tensor.rpartition(".")
+        module = modules.get(path)
+        if leaf != "weight" or module is None or not isinstance(module, nn.Linear | _ConvNd):
+            continue
+        if _axis(module) == dim and mask.dim() == 1:
+            wanted.append(path)
+        elif mask.dim() == 2 and isinstance(module, _ConvNd):
+            skipped.append(path)
+    order: list[str] = []
+    handles = [modules[n].register_forward_hook(lambda *_, n=n: order.append(n)) for n in wanted]
+    _once(original, batches, example_inputs)
+    for h in handles:
+        h.remove()
+    note = (f"not compensated (grouped convolution): {', '.join(skipped[:3])}{' ...' if len(skipped) > 3 else ''}",) if skipped else ()
+    return order, note
+
+
+def _once(model: nn.Module, batches: Iterable[Any], example_inputs: Any) -> None:
+    for raw in batches:
+        batch = split(raw, example_inputs)
+        with _evaluating(model), torch.no_grad():
+            model(*batch.args, **batch.kwargs)
+        return
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for m, training in modes.items():
+            m.training = training
+
+
+def _rows(module: nn.Module, x: Tensor) -> Tensor:
+    """A consumer's input as ``(samples, channels)``."""
+    if isinstance(module, nn.Linear):
+        return x.reshape(-1, x.shape[-1])
+    spatial = len(module.kernel_size)  # type: ignore[arg-type]
+    return x.movedim(x.dim() - spatial - 1, -1).reshape(-1, x.shape[-spatial - 1])
+
+
+def _measure(
+    original: nn.Module,
+    pruned: nn.Module,
+    masks: Mapping[tuple[str, int], Tensor],
+    group: Sequence[str],
+    stop_early: bool,
+    batches: Iterable[Any],
+    example_inputs: Any,
+) -> dict[str, _Moments]:
+    """Moments of the inputs of ``group``, both networks run on the same batches, up to its last layer where that is called once."""
+    ours, theirs = dict(pruned.named_modules()), dict(original.named_modules())
+    moments = {}
+    for name in group:
+        keep = masks[f"{name}.weight", _axis(theirs[name]) or 0]
+        moments[name] = _Moments.empty(len(keep), int(keep.sum()))
+    caught: dict[tuple[str, str], list[Tensor]] = {}
+
+    def catch(which: str, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            caught.setdefault((which, name), []).append(_rows(module, inputs[0].detach()))
+
+        return hook
+
+    def stop(*_: Any) -> None:
+        raise _Enough
+
+    handles = []
+    for which, modules in (("x", theirs), ("y", ours)):
+        handles += [modules[n].register_forward_pre_hook(catch(which, n)) for n in group]
+    last = group[-1]
+    if stop_early:
+        handles += [modules[last].register_forward_pre_hook(stop) for modules in (theirs, ours)]
+    try:
+        for raw in batches:
+            batch = split(raw, example_inputs)
+            for network in (original, pruned):
+                with _evaluating(network), torch.no_grad():
+                    try:
+                        network(*batch.args, **batch.kwargs)
+                    except _Enough:
+                        continue
+            for name in group:
+                for x, y in zip(caught.pop(("x", name), []), caught.pop(("y", name), []), strict=True):
+                    moments[name].add(x, y)
+    finally:
+        for h in handles:
+            h.remove()
+    return moments
+
+
+def _following_norms(model: nn.Module, names: Sequence[str], batches: Iterable[Any], example_inputs: Any) -> dict[str, _BatchNorm]:
+    """For each layer without a bias: the batch norm whose input is exactly what that layer gave, where there is one."""
+    made: dict[int, str] = {}
+    alive: list[Tensor] = []
+    found: dict[str, list[_BatchNorm]] = {}
+
+    def give(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, out: Tensor) -> None:
+            made[id(out)] = name
+            alive.append(out)
+
+        return hook
+
+    def take(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        name = made.get(id(inputs[0]))
+        if name is not None and isinstance(module, _BatchNorm):
+            found.setdefault(name, []).append(module)
+
+    layers = {n: model.get_submodule(n) for n in names}
+    handles = [m.register_forward_hook(give(n)) for n, m in layers.items() if m.bias is None]
+    handles += [m.register_forward_pre_hook(take) for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    try:
+        _once(model, batches, example_inputs)
+    finally:
+        for h in handles:
+            h.remove()
+    times = [made[id(t)] for t in alive]
+    return {n: norms[0] for n, norms in found.items() if len(norms) == 1 and times.count(n) == 1}
+
+
+def _fold(
+    original: nn.Module,
+    pruned: nn.Module,
+    name: str,
+    masks: Mapping[tuple[str, int], Tensor],
+    moments: _Moments,
+    ridge: float,
+    norm: _BatchNorm | None,
+) -> list[AddBias]:
+    """Put the prediction into a consumer's weight and bias."""
+    old, new = original.get_submodule(name), pruned.get_submodule(name)
+    axis = _axis(old)
+    assert axis is not None
+    a_IK, b_I = predict(moments, masks[f"{name}.weight", axis].cpu(), ridge)
+    assert isinstance(old.weight, Tensor)
+    assert isinstance(new.weight, Tensor)
+    w_OI = old.weight.detach().double().cpu().movedim(axis, -1)  # (out, ..., in)
+    kept_out = masks.get((f"{name}.weight", 1 - axis))
+    if kept_out is not None:
+        w_OI = w_OI[kept_out.cpu()]
+    shift_O = (w_OI @ b_I).flatten(1).sum(1) if w_OI.dim() > 2 else w_OI @ b_I
+    with torch.no_grad():
+        new.weight.copy_((w_OI @ a_IK).movedim(-1, axis))
+        if isinstance(new.bias, Tensor):
+            new.bias += shift_O.to(new.bias)
+        elif norm is not None:
+            assert norm.running_mean is not None
+            norm.running_mean -= shift_O.to(norm.running_mean)
+        elif bool(shift_O.abs().max() > 0):
+            new.bias = nn.Parameter(shift_O.to(new.weight))
+            return [AddBias(module=name, size=len(shift_O))]
+    return []
+
+

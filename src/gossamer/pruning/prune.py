@@ -1,0 +1,203 @@
+"""Structured pruning: trace, score, choose, cut with a proof, compensate, re-estimate batch norms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.errors import NothingToDo, SelectorError, UsageError, WeightsError, near
+from gossamer.plan import Plan, input_specs
+from gossamer.pruning.allocation import choose, families
+from gossamer.pruning.batchnorm import reestimate_batch_norm
+from gossamer.pruning.compensation import compensate as fold_back
+from gossamer.pruning.costs import CostModel, channel_costs, mac_costs, parameter_costs
+from gossamer.pruning.importance import Importance, importance_scores
+from gossamer.result import Profile, Result
+from gossamer.sources.batches import check_inputs
+from gossamer.surgery import Cut, cut
+from gossamer.trace import Trace, costs, trace
+
+_ATTEMPTS = 4  # times that classes are chosen again where some turn out to be frozen, or the target is not quite met
+
+
+def prune(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    ratio: float | None = None,
+    macs: float | None = None,
+    params: float | None = None,
+    importance: Importance = "l2",
+    calibration: Iterable[Any] | None = None,
+    compensate: bool = True,
+    reestimate_bn: bool = True,
+    ignore: Sequence[str] = (),
+    round_to: int = 1,
+    scope: str = "global",
+    floor: float = 0.1,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Result:
+    """Remove whole channels until a target is met, and prove that the result computes what the plan says.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.Flatten(), nn.Linear(8 * 16, 2))
+        >>> result = prune(net.eval(), (torch.zeros(1, 3, 8, 8),), ratio=0.5)
+        >>> result.model[0].out_channels, result.model[3].in_channels, result.proof.holds
+        (8, 8, True)
+
+    Args:
+        model: the network; it is not changed.
+        example_inputs: a tuple of positional inputs, or a dict of keyword inputs.
+        ratio: fraction of the channels to remove, in (0, 1).
+        macs: fraction of the multiply-adds to keep, in (0, 1).
+        params: fraction of the parameters to keep, in (0, 1). Exactly one of the three is given.
+        importance: ``"l1"``, ``"l2"``, ``"taylor"`` (needs calibration), ``"random"``, or a callable ``(model, channels) -> scores``.
+        calibration: batches; 100 samples do. Without them neither compensation nor re-estimation takes place, which a note says.
+        compensate: fold what the removed channels carried into the layers that consumed them (ridge regression on calibration data).
+        reestimate_bn: measure batch-norm statistics again on calibration data.
+        ignore: patterns on module paths; channels that a matching module produces stay.
+        round_to: channel counts that change become multiples of this.
+        scope: ``"global"`` lets layers compete, ``"layer"`` takes the same fraction of each.
+        floor: fraction of each family that stays at least, in [0, 1].
+        seed: of ``importance="random"``.
+        progress: called with stages done and all.
+
+    Returns:
+        A `Result`; its proof was taken before compensation.
+
+    Raises:
+        UsageError: an option out of range, or NaN weights.
+        SelectorError: an ``ignore`` pattern matches nothing.
+        BudgetError: the target cannot be reached; it says the lowest that can.
+        NothingToDo: nothing can be pruned; the reasons are listed.
+        TraceError: the network fails on the example inputs.
+    """
+    target, kind = _target(ratio=ratio, macs=macs, params=params)
+    if scope not in ("global", "layer"):
+        raise UsageError(f"scope={scope!r}: known are global, layer{near(str(scope), ('global', 'layer'))}")
+    if round_to < 1 or not 0 <= floor <= 1:
+        raise UsageError(f"round_to={round_to} must be at least 1 and floor={floor} within [0, 1]")
+    _check_finite(model)
+    example_inputs = check_inputs(example_inputs)
+    traced = trace(model, example_inputs)
+    if not traced.channels.groups:
+        raise NothingToDo("nothing can be pruned: " + _reasons(traced))
+    kept = _ignored(model, traced, ignore)
+    scores = importance_scores(model, traced.channels, importance, example_inputs=example_inputs, calibration=calibration, seed=seed)
+    made, after = _cut_to(model, traced, kept, scores, kind, target, scope=scope, round_to=round_to, floor=floor)
+    edits, notes = list(made.edits), list(made.notes)
+    if calibration is None:
+        if compensate or reestimate_bn:
+            notes.append("no calibration data: neither compensated nor were batch norms re-estimated")
+    else:
+        if compensate:
+            masks = traced.channels.keep_masks(made.removed)
+            added, left = fold_back(model, made.model, masks, calibration, example_inputs, progress=progress)
+            edits += added
+            notes += left
+        if reestimate_bn:
+            reestimate_batch_norm(made.model, calibration, example_inputs)
+    return Result(
+        model=made.model,
+        plan=Plan(edits=tuple(edits), inputs=input_specs(example_inputs)),
+        before=traced.profile,
+        after=after,
+        proof=made.proof,
+        example_inputs=example_inputs,
+        notes=tuple(notes),
+    )
+
+
+def _target(**given: float | None) -> tuple[float, str]:
+    """The one target: fraction to keep, and of what."""
+    named = {k: v for k, v in given.items() if v is not None}
+    if len(named) != 1:
+        raise UsageError(f"give exactly one of {', '.join(given)}, not {len(named)}")
+    ((kind, value),) = named.items()
+    if not 0 < value < 1:
+        raise UsageError(f"{kind}={value}: give a fraction between 0 and 1 (exclusive)")
+    return (1 - value if kind == "ratio" else value), kind
+
+
+def _check_finite(model: nn.Module) -> None:
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise WeightsError(f"{name} holds NaN or infinite values: importance cannot be measured, check how the network was trained")
+
+
+def _reasons(traced: Trace) -> str:
+    reasons = list(dict.fromkeys(g.frozen for g in traced.channels.frozen if g.frozen))
+    return "; ".join(reasons[:3]) + (f" (+{len(reasons) - 3} more)" if len(reasons) > 3 else "") if reasons else "it has no channels"
+
+
+def _ignored(model: nn.Module, traced: Trace, patterns: Sequence[str]) -> Tensor:
+    """Classes that must stay, bool of shape ``(num_classes,)``."""
+    if isinstance(patterns, str):
+        patterns = (patterns,)
+    kept = torch.zeros(traced.channels.num_classes, dtype=torch.bool)
+    names = [n for n, _ in model.named_modules() if n]
+    for pattern in patterns:
+        hit = {n for n in names if fnmatchcase(n, pattern)} | {g.name for g in traced.channels.groups if fnmatchcase(g.name, pattern)}
+        if not hit:
+            raise SelectorError(f"ignore={pattern!r} matches no module{near(pattern, names)}")
+        for axis in traced.channels.axes:
+            module = axis.tensor.rpartition(".")[0]
+            if axis.role == "out" and any(module == h or module.startswith(h + ".") for h in hit):
+                kept[axis.labels[axis.labels >= 0]] = True
+        for group in traced.channels.groups:
+            if group.name in hit:
+                kept[group.classes] = True
+    return kept
+
+
+def _cost(model: nn.Module, traced: Trace, kind: str) -> CostModel:
+    if kind == "ratio":
+        return channel_costs(traced.channels)
+    if kind == "macs":
+        return mac_costs(traced.channels, traced.profile, {n: tuple(t.shape) for n, t in model.state_dict().items()})
+    return parameter_costs(traced.channels, traced.profile, {n: tuple(p.shape) for n, p in model.named_parameters()})
+
+
+def _cut_to(
+    model: nn.Module,
+    traced: Trace,
+    kept: Tensor,
+    scores: Tensor,
+    kind: str,
+    target: float,
+    *,
+    scope: str,
+    round_to: int,
+    floor: float,
+) -> tuple[Cut, Profile]:
+    """Choose and cut; choose again where surgery had to leave classes in, or where the true cost is above the target."""
+    cost = _cost(model, traced, kind)
+    start = cost.total(torch.zeros(traced.channels.num_classes, dtype=torch.bool))
+    goal = target * start
+    made: Cut | None = None
+    after: Profile | None = None
+    for _ in range(_ATTEMPTS):
+        fams = families(traced.channels.groups, scores, round_to=round_to, floor=floor, kept=kept)
+        if not fams:
+            raise NothingToDo(f"nothing can be pruned: every family is at its floor, ignored or frozen ({_reasons(traced)})")
+        removed = choose(fams, cost, goal, scope=scope)  # type: ignore[arg-type]
+        if not bool(removed.any()):
+            raise NothingToDo("nothing to prune: the target is met by the network as it is, or steps of round_to are too coarse for it")
+        made = cut(model, traced, removed)
+        after = costs(made.model, traced.example_inputs)
+        left_in = removed & ~made.removed
+        true = {"macs": after.macs / traced.profile.macs, "params": after.params / traced.profile.params}.get(kind)
+        over = true is not None and true > target * 1.005
+        if not bool(left_in.any()) and not over:
+            break
+        kept = kept | left_in
+        if over and true is not None:
+            goal -= (true - target) * start
+    assert made is not None
+    assert after is not None
+    return made, after
