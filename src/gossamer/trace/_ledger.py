@@ -73,6 +73,8 @@ class Ledger:
         self.inexact: list[tuple[Array, str]] = []
         self.rectangles: list[Rectangle] = []
         self.slots: list[Array] = []
+        self.rows: list[tuple[Array, str]] = []
+        self.declared: dict[str, Array] = {}
 
     def fresh(self, tensor: str, dim: int, size: int, blocks: int | None = None) -> Tensor:
         """New labels for one dimension of a tensor, as an int64 tensor of shape ``(size,)`` or ``(blocks, size)``."""
@@ -122,6 +124,14 @@ class Ledger:
         """A network without these labels differs from the zeroed one by construction."""
         self.inexact.append((flat(labels), reason if isinstance(reason, str) else reason()))
 
+    def blur_rows(self, rows: Tensor, reason: Reason) -> None:
+        """Each row, shape ``(rows, n)``, is normalised as a whole: its labels are inexact unless they all leave together."""
+        self.rows.append((rows.detach().numpy(), reason if isinstance(reason, str) else reason()))
+
+    def declare(self, path: str, labels: Tensor) -> None:
+        """The module at ``path`` declares the size of a dimension with these labels, whether or not it owns a tensor of that size."""
+        self.declared.setdefault(path, flat(labels))
+
     def rectangle(self, kind: Literal["box", "even", "group"], *parts: Tensor, note: str = "") -> None:
         """These labels must stay rectangular."""
         self.rectangles.append(Rectangle(kind, tuple(p.detach().numpy() for p in parts), note))
@@ -130,35 +140,3 @@ class Ledger:
         """A part of a tensor that is used by itself: something of it must stay."""
         self.slots.append(flat(labels))
 
-
-class Replay(Ledger):
-    """Hands out the labels of an earlier trace again, less those that were removed, and writes nothing down."""
-
-    def __init__(self, origins: list[Origin], gone: Array) -> None:
-        super().__init__()
-        self._kept: dict[tuple[str, int], Tensor] = {}
-        for o in origins:
-            ids = np.arange(o.start, o.start + o.count)
-            ids = ids[~gone[ids]]
-            if o.blocks is not None:
-                left = ~gone[o.start : o.start + o.count].reshape(o.shape)
-                ids = ids.reshape(int(left.any(1).sum()), -1)
-            self._kept[o.tensor, o.dim] = torch.from_numpy(ids)
-
-    def fresh(self, tensor: str, dim: int, size: int, blocks: int | None = None) -> Tensor:
-        """The labels of this dimension that are left; zeros where the earlier trace never labelled it or sizes disagree."""
-        shape = (size,) if blocks is None else (blocks, size)
-        kept = self._kept.get((tensor, dim))
-        return kept.reshape(shape) if kept is not None and kept.numel() == size * (blocks or 1) else torch.zeros(shape, dtype=torch.long)
-
-    def mark(self, labels: Tensor, role: Role) -> None: ...
-
-    def unify(self, a: Tensor, b: Tensor, reason: Reason) -> None: ...
-
-    def freeze(self, labels: Tensor, reason: Reason) -> None: ...
-
-    def blur(self, labels: Tensor, reason: Reason) -> None: ...
-
-    def rectangle(self, kind: Literal["box", "even", "group"], *parts: Tensor, note: str = "") -> None: ...
-
-    def slot(self, labels: Tensor) -> None: ...

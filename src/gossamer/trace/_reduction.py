@@ -44,8 +44,10 @@ def layer_norm(watch: Watch, call: Call) -> list[Planes]:
     planes = join(watch.ledger, [watch.operand(t) for t in call.tensors], x.dim(), call.where)
     dims = range(x.dim() - len(shape), x.dim())
     _blur(watch, call, planes, dims)
-    for d, p in ((d, p) for d in dims for p in planes if p.shape[d] > 1):
-        watch.ledger.declare(call.path, d - x.dim(), p.narrow(d, 0, p.shape[d]).amax([e for e in range(x.dim()) if e != d]))
+    if len(shape) == 1:
+        for p in planes:
+            if p.shape[-1] > 1 and p.numel() == p.shape[-1]:
+                watch.ledger.declare(call.path, p)
     return [planes, *[()] * (len(call.outputs) - 1)]
 
 

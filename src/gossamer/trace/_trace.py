@@ -1,0 +1,149 @@
+"""Tracing: one forward pass in eval mode, watched; labels become classes, and costs come along."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.errors import TraceError
+from gossamer.result import ExampleInputs, Profile
+from gossamer.sources.batches import call, check_inputs, outputs
+from gossamer.trace._classes import Classes, resolve
+from gossamer.trace._ledger import Ledger
+from gossamer.trace._watch import Step, Watch
+from gossamer.trace.channels import ChannelMap
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one watched forward pass says about a network.
+
+    Attributes:
+        channels: which channels belong together, and what is frozen.
+        profile: what it costs.
+        example_inputs: what it was traced with.
+        classes: resolved labels; for surgery.
+        steps: every operation with the labels that went through it; for surgery.
+        declared: module path -> labels of the size it declares (norms); for surgery.
+    """
+
+    channels: ChannelMap
+    profile: Profile
+    example_inputs: ExampleInputs
+    classes: Classes = field(repr=False)
+    steps: tuple[Step, ...] = field(repr=False)
+    declared: dict[str, Any] = field(repr=False, default_factory=dict)
+
+
+def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
+    """Watch one forward pass: which channels belong together, what cannot be pruned and why, what each layer costs.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(4 * 36, 2))
+        >>> traced = trace(net, (torch.zeros(1, 3, 8, 8),))
+        >>> [(g.name, len(g.classes)) for g in traced.channels.groups], traced.profile.macs
+        ([('0', 8), ('2', 4)], 9216)
+
+    Args:
+        model: the network; it is left as it is, mode, buffers and random state included.
+        example_inputs: a tuple of positional inputs, or a dict of keyword inputs.
+
+    Returns:
+        A `Trace`; the same network and inputs give the same class ids.
+
+    Raises:
+        TraceError: the forward pass fails on the inputs.
+    """
+    example_inputs = check_inputs(example_inputs)
+    ledger, steps = Ledger(), list[Step]()
+    watch = Watch(model, ledger, steps.append)
+    out = _run(model, example_inputs, watch)
+    for t in outputs(out):
+        for plane in watch.planes(t):
+            ledger.freeze(plane, "the network's output")
+    classes = resolve(ledger)
+    return Trace(classes.channels, _profile(model, watch), example_inputs, classes, tuple(steps), ledger.declared)
+
+
+def channels(model: nn.Module, example_inputs: ExampleInputs) -> ChannelMap:
+    """Which channels of a network live and die together, and which must stay and why.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> found = channels(net, (torch.zeros(1, 4),))
+        >>> [g.name for g in found.groups], [(g.name, g.frozen) for g in found.frozen][-1]
+        (['0'], ('2', "the network's output"))
+
+    Args:
+        model: the network; it is left as it is.
+        example_inputs: a tuple of positional inputs, or a dict of keyword inputs.
+
+    Returns:
+        A `ChannelMap`; it prints as a table.
+
+    Raises:
+        TraceError: the forward pass fails on the inputs.
+    """
+    return trace(model, example_inputs).channels
+
+
+def costs(model: nn.Module, example_inputs: ExampleInputs) -> Profile:
+    """What a network costs, without labels: see `gossamer.profile`."""
+    example_inputs = check_inputs(example_inputs)
+    watch = Watch(model, None)
+    _run(model, example_inputs, watch)
+    return _profile(model, watch)
+
+
+def _run(model: nn.Module, example_inputs: ExampleInputs, watch: Watch) -> Any:
+    values = example_inputs.values() if isinstance(example_inputs, dict) else example_inputs
+    leaves = [t for t in torch.utils._pytree.tree_leaves(tuple(values)) if isinstance(t, Tensor)]
+    with plain_forward(model):
+        try:
+            with watch.watching(leaves):
+                out = call(model, example_inputs)
+                for t in outputs(out):
+                    watch.planes(t)
+                watch.result = out
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError) as e:
+            shapes = ", ".join(str(tuple(t.shape)) for t in leaves)
+            reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+            raise TraceError(f"the network fails on example inputs of shape {shapes}: {reason}") from e
+    return out
+
+
+@contextmanager
+def plain_forward(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients, no fused fast path, a random state of its own; everything is put back."""
+    modes = {m: m.training for m in model.modules()}
+    buffers = {n: b.clone() for n, b in model.named_buffers()}
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        with torch.no_grad():
+            for n, b in model.named_buffers():
+                if n in buffers and not torch.equal(b, buffers[n]):
+                    b.copy_(buffers[n])
+        for m, training in modes.items():
+            m.training = training
+
+
+def _profile(model: nn.Module, watch: Watch) -> Profile:
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return Profile(
+        params=sum(p.numel() for p in model.parameters()),
+        macs=sum(layer.macs for layer in watch.costs),
+        weight_bytes=sum(t.numel() * t.element_size() for t in tensors.values()),
+        peak_activation_bytes=watch.peak,
+        layers=tuple(watch.costs),
+    )
