@@ -190,10 +190,10 @@ def _cut_to(
             raise NothingToDo("nothing to prune: the target is met by the network as it is, or steps of round_to are too coarse for it")
         made = cut(model, traced, removed)
         after = costs(made.model, traced.example_inputs)
-        left_in = removed & ~made.removed
+        left_in = made.frozen
         true = {"macs": after.macs / traced.profile.macs, "params": after.params / traced.profile.params}.get(kind)
         over = true is not None and true > target * 1.005
-        if not bool(left_in.any()) and not over:
+        if not bool((left_in & removed).any()) and not over:
             break
         kept = kept | left_in
         if over and true is not None:

@@ -20,18 +20,23 @@ def convolution(watch: Watch, call: Call) -> list[Planes]:
     passed, channels = _over_space(watch, call, watch.operand(x), range(2, nd))
     in_planes, out_planes = _conv_weight(watch, call, weight, groups, transposed)
     c_in, c_out = x.shape[1], call.outputs[0].shape[1]
-    ids_in = _vector(watch, call, channels, c_in, watch.operand(x).what)
+    ids_in = _vector(watch, call, channels, c_in)
+    what = watch.operand(x).what
+
+    def meeting() -> str:
+        return call.where() if channels else f"reads {what} ({call.where()})"
+
     if in_planes is None or out_planes is None:  # the weight carries labels in another arrangement
         for p in (*watch.planes(weight), *channels):
             ledger.freeze(p, lambda: f"used with other groups before {call.where()}")
         return [()]
     if c_in > groups:  # several inputs for each group
-        ledger.unify(ids_in.reshape(groups, -1), in_planes, call.where)
+        ledger.unify(ids_in.reshape(groups, -1), in_planes, meeting)
     out = out_planes.expand(groups, -1) if out_planes.shape[0] == 1 and groups > 1 else out_planes
     if c_in == groups > 1:
-        ledger.unify(out.reshape(groups, -1), ids_in.reshape(groups, 1), call.where)
+        ledger.unify(out.reshape(groups, -1), ids_in.reshape(groups, 1), meeting)
     elif c_out == groups > 1:
-        ledger.unify(out.reshape(groups, 1), ids_in.reshape(groups, -1), call.where)
+        ledger.unify(out.reshape(groups, 1), ids_in.reshape(groups, -1), meeting)
     elif groups > 1:
         ledger.rectangle("group", ids_in.reshape(groups, -1), out.reshape(groups, -1))
     made = out.reshape([1, c_out] + [1] * (nd - 2))
@@ -58,7 +63,7 @@ def _over_space(watch: Watch, call: Call, x: Operand, space: Sequence[int]) -> t
     return tuple(passed), tuple(channels)
 
 
-def _vector(watch: Watch, call: Call, channels: Planes, size: int, what: str) -> Tensor:
+def _vector(watch: Watch, call: Call, channels: Planes, size: int) -> Tensor:
     """Labels of the input channels, shape ``(size,)``; zeros where there are none."""
     if not channels:
         return torch.zeros(size, dtype=torch.long)

@@ -1,0 +1,147 @@
+"""Cutting: from removed classes to a smaller network that was run, and proved; what cannot be cut is frozen, and the rest goes on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.errors import NothingToDo, PlanError, ProofError
+from gossamer.plan import Keep, SetAttribute, apply_structure
+from gossamer.result import Proof
+from gossamer.surgery.edits import attribute_edits, keep_edits
+from gossamer.surgery.proof import prove
+from gossamer.surgery.replay import classes_through, first_divergence
+from gossamer.trace import Trace
+
+_ROUNDS = 40  # each freezes at least one class that was to be removed
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A cut network.
+
+    Attributes:
+        model: the new network, in the mode of the original.
+        edits: `apply_structure(original, edits)` gives its structure.
+        proof: comparison with the zeroed original.
+        removed: bool, shape ``(num_classes,)``: what really went.
+        frozen: bool, shape ``(num_classes,)``: what was found not to be removable.
+        notes: one line for each thing that was left alone.
+    """
+
+    model: nn.Module
+    edits: tuple[Keep | SetAttribute, ...]
+    proof: Proof
+    removed: Tensor
+    frozen: Tensor
+    notes: tuple[str, ...] = ()
+
+
+def cut(model: nn.Module, traced: Trace, removed: Tensor) -> Cut:
+    """Remove classes from a copy of a network, run it, and prove it against the zeroed original.
+
+    Where the cut network fails or sees other shapes than the labels predict, the classes that go through the operation in question are
+    left in, with the reason, and the rest is cut again.
+
+    Example:
+        >>> from gossamer.trace import trace
+        >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
+        >>> traced = trace(net, (torch.ones(1, 4),))
+        >>> removed = torch.zeros(traced.channels.num_classes, dtype=torch.bool)
+        >>> removed[traced.channels.groups[0].classes[:2]] = True
+        >>> made = cut(net, traced, removed)
+        >>> made.model[0].out_features, made.proof.holds
+        (4, True)
+
+    Args:
+        model: the source network; it is not changed.
+        traced: its trace.
+        removed: bool, shape ``(num_classes,)``; frozen classes among them stay.
+
+    Returns:
+        A `Cut`.
+
+    Raises:
+        NothingToDo: nothing is left to remove; it says why.
+        ProofError: the network still computes something else with everything suspicious left in.
+    """
+    allowed = torch.zeros(traced.channels.num_classes, dtype=torch.bool)
+    for group in traced.channels.groups:
+        allowed[group.classes] = True
+    removed = removed.cpu() & allowed
+    frozen = torch.zeros_like(removed)
+    notes: list[str] = []
+    for _ in range(_ROUNDS):
+        if not bool(removed.any()):
+            raise NothingToDo("nothing can be removed" + (f": {'; '.join(notes[:3])}" if notes else ""))
+        network, edits = _apply(model, traced, removed)
+        where = first_divergence(network, traced, removed)
+        if where is None:
+            proof = _prove(model, network, traced, removed)
+            if proof.difference is None or proof.holds:
+                return Cut(network, tuple(edits), proof, removed, frozen, tuple(notes))
+            suspects, note = _suspects(model, traced, removed, proof)
+        else:
+            suspects, note = _through(traced, removed, *where)
+        notes.append(note)
+        frozen |= suspects
+        removed = removed & ~suspects
+    raise ProofError(f"the network could not be cut in {_ROUNDS} attempts: {notes[-1]}")
+
+
+def _apply(model: nn.Module, traced: Trace, removed: Tensor) -> tuple[nn.Module, list[Keep | SetAttribute]]:
+    masks = traced.channels.keep_masks(removed)
+    kept = keep_edits(masks)
+    network = apply_structure(model, kept)
+    attributes = attribute_edits(model, network, masks, traced, removed)
+    for edit in attributes:
+        module = network.get_submodule(edit.module)
+        if not hasattr(module, edit.name):
+            raise PlanError(f"module {edit.module!r} has no attribute {edit.name!r}")
+        setattr(module, edit.name, edit.value)
+    return network, [*kept, *attributes]
+
+
+def _through(traced: Trace, removed: Tensor, at: int, what: str) -> tuple[Tensor, str]:
+    """Classes to be removed that go through the step where the pass diverged, or through the nearest one before it."""
+    for i in range(at, -1, -1):
+        step = traced.steps[i]
+        found = classes_through(step, traced)
+        if bool((found & removed).any()):
+            return found, f"left in: channels through {step.op} in {step.path or 'the network itself'}, which {what}"
+    return removed.clone(), f"left in: everything, because the cut network {what}"
+
+
+def _prove(model: nn.Module, network: nn.Module, traced: Trace, removed: Tensor) -> Proof:
+    inexact = torch.from_numpy(traced.classes.inexact)
+    reasons = {g.name: g.inexact[0] for g in traced.channels.groups if g.inexact and bool((removed & inexact)[g.classes].any())}
+    exact = removed & ~inexact
+    if not bool(exact.any()):
+        return Proof("zeroed", None, inexact=reasons)
+    if bool((removed & inexact).any()):
+        network, _ = _apply(model, traced, exact)
+        where = first_divergence(network, traced, exact)
+        if where is not None:
+            return Proof("zeroed", float("inf"), inexact=reasons)
+    return replace(prove(model, network, traced, exact), inexact=reasons)
+
+
+def _suspects(model: nn.Module, traced: Trace, removed: Tensor, proof: Proof) -> tuple[Tensor, str]:
+    """The families whose removal alone breaks the proof; all of them where none does."""
+    found = torch.zeros_like(removed)
+    names = []
+    for group in traced.channels.groups:
+        alone = torch.zeros_like(removed)
+        alone[group.classes] = removed[group.classes]
+        if bool(alone.any()):
+            network, _ = _apply(model, traced, alone)
+            broken = first_divergence(network, traced, alone) is not None
+            one = None if broken else _prove(model, network, traced, alone)
+            if broken or (one is not None and one.difference is not None and not one.holds):
+                found[group.classes] = True
+                names.append(group.name)
+    if not names:
+        return removed.clone(), f"left in: everything, because the proof fails jointly (relative difference {proof.difference:.1e})"
+    return found, f"left in: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}, where the zeroed network differs from the cut one"
