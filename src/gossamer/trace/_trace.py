@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from gossamer.trace._classes import Classes, resolve
 from gossamer.trace._ledger import Ledger
 from gossamer.trace._watch import Step, Watch
 from gossamer.trace.channels import ChannelMap
+
+_logger = logging.getLogger("gossamer")
 
 
 @dataclass(frozen=True)
@@ -62,12 +65,29 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
     example_inputs = check_inputs(example_inputs)
     ledger, steps = Ledger(), list[Step]()
     watch = Watch(model, ledger, steps.append)
-    out = _run(model, example_inputs, watch)
+    _freeze_outputs(watch, ledger, _run(model, example_inputs, watch))
+    profile = _profile(model, watch)
+    _watch_unvisited(model, example_inputs, watch, ledger)
+    classes = resolve(ledger)
+    return Trace(classes.channels, profile, example_inputs, classes, tuple(steps), ledger.declared)
+
+
+def _freeze_outputs(watch: Watch, ledger: Ledger, out: Any) -> None:
     for t in outputs(out):
         for plane in watch.planes(t):
             ledger.freeze(plane, "the network's output")
-    classes = resolve(ledger)
-    return Trace(classes.channels, _profile(model, watch), example_inputs, classes, tuple(steps), ledger.declared)
+
+
+def _watch_unvisited(model: nn.Module, example_inputs: ExampleInputs, watch: Watch, ledger: Ledger) -> None:
+    """Modules that run only in train mode (auxiliary heads) are watched in a second pass; where that fails, nothing they could read is known."""
+    unvisited = [n for n, m in model.named_modules() if n not in watch.visited and any(True for _ in m.parameters(recurse=False))]
+    if not unvisited:
+        return
+    watch.on_step = None
+    try:
+        _freeze_outputs(watch, ledger, _run(model, example_inputs, watch, training=True))
+    except TraceError as e:
+        _logger.debug("modules that eval mode does not visit are left alone (%s): %s", ", ".join(unvisited[:3]), e)
 
 
 def channels(model: nn.Module, example_inputs: ExampleInputs) -> ChannelMap:
@@ -100,10 +120,10 @@ def costs(model: nn.Module, example_inputs: ExampleInputs) -> Profile:
     return _profile(model, watch)
 
 
-def _run(model: nn.Module, example_inputs: ExampleInputs, watch: Watch) -> Any:
+def _run(model: nn.Module, example_inputs: ExampleInputs, watch: Watch, *, training: bool = False) -> Any:
     values = example_inputs.values() if isinstance(example_inputs, dict) else example_inputs
     leaves = [t for t in torch.utils._pytree.tree_leaves(tuple(values)) if isinstance(t, Tensor)]
-    with plain_forward(model):
+    with plain_forward(model, training=training):
         try:
             with watch.watching(leaves):
                 return call(model, example_inputs)
@@ -114,13 +134,13 @@ def _run(model: nn.Module, example_inputs: ExampleInputs, watch: Watch) -> Any:
 
 
 @contextmanager
-def plain_forward(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, no fused fast path, a random state of its own; everything is put back."""
+def plain_forward(model: nn.Module, *, training: bool = False) -> Iterator[None]:
+    """Eval mode (or train mode), no gradients, no fused fast path, a random state of its own; everything is put back."""
     modes = {m: m.training for m in model.modules()}
     buffers = {n: b.clone() for n, b in model.named_buffers()}
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    model.eval()
+    model.train(training)
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             yield

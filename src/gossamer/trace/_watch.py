@@ -92,7 +92,7 @@ class Watch(TorchDispatchMode):
         self.costs: list[LayerCost] = []
         self.peak = 0
         self.used: set[str] = set()
-        self.normalised: dict[str, Tensor] = {}
+        self.visited: set[str] = set()
         self._paths = {id(m): n for n, m in model.named_modules()}
         self._stack: list[str] = [""]
         self._tracked: dict[int, _Tracked] = {}
@@ -132,7 +132,9 @@ class Watch(TorchDispatchMode):
             self._noted.clear()
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        self._stack.append(self._paths.get(id(module), self._stack[-1]))
+        path = self._paths.get(id(module), self._stack[-1])
+        self.visited.add(path)
+        self._stack.append(path)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if len(self._stack) > 1:
