@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from gossamer.errors import BudgetError, GossamerError, RunFolderError, UsageError
+from gossamer.errors import BudgetError, GossamerError, NothingToDo, RunFolderError, UsageError
 from gossamer.flow.job import Job, Progress, check_folder, resolve
 from gossamer.flow.ladder import candidates, violation
 from gossamer.flow.measure import Original, export_original, measure
@@ -112,11 +112,19 @@ def _run(job: Job, folder: Path, progress: Progress | None) -> Result:
     profile, frozen = _profile(job)
     original = export_original(job, profile, frozen, folder / "checkpoints" / "original.onnx")
     tried: list[_Candidate] = []
+    impossible: GossamerError | None = None
     for i, recipe in enumerate([job.recipe] if job.recipe else candidates(job)):
         place = folder / "checkpoints" / f"candidate-{i + 1}"
-        tried.append(_attempt(job, recipe, original, place, progress))
+        try:
+            tried.append(_attempt(job, recipe, original, place, progress))
+        except (BudgetError, NothingToDo) as e:  # a rung of the ladder that this network does not reach
+            impossible = e
+            continue
         if violation(tried[-1].report) == 0:
             break
+    if not tried:
+        assert impossible is not None
+        raise impossible
     best = min(tried, key=lambda c: violation(c.report))
     _publish(best, folder)
     missed = [t for t in best.report.budget if not t.met]

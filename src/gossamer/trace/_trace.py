@@ -156,8 +156,9 @@ def plain_forward(model: nn.Module, *, training: bool = False) -> Iterator[None]
 
 def _profile(model: nn.Module, watch: Watch) -> Profile:
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    integers = {n for n, b in model.named_buffers() if not b.is_floating_point()}  # weights of a quantised network
     return Profile(
-        params=sum(p.numel() for p in model.parameters()),
+        params=sum(p.numel() for p in model.parameters()) + sum(layer.params for layer in watch.costs if layer.weight in integers),
         macs=sum(layer.macs for layer in watch.costs),
         weight_bytes=sum(t.numel() * t.element_size() for t in tensors.values()),
         peak_activation_bytes=watch.peak,
