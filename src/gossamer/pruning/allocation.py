@@ -65,17 +65,19 @@ def families(
     return out
 
 
-def choose(fams: Sequence[Family], cost: CostModel, target: float, *, scope: Literal["global", "layer"] = "global") -> Tensor:
+def choose(fams: Sequence[Family], cost: CostModel, target: float, *, scope: Literal["global", "layer"] = "global", per_cost: bool = False) -> Tensor:
     """Remove classes until ``cost`` is at most ``target``, and as little below it as the step sizes allow.
 
-    Globally, families compete: at every round the classes with the least importance per unit of cost go first, and prices are looked
-    up again, because a class gets cheaper as its neighbours go. Per layer, every family loses the same fraction.
+    Globally, families compete: the least important classes go first, whichever family they are of, or, with ``per_cost``, those with
+    the least importance per unit of cost, whose prices are looked up again at every round, because a class gets cheaper as its neighbours
+    go. Per layer, every family loses the same fraction.
 
     Args:
         fams: from `families`.
         cost: what is limited.
         target: in units of ``cost``.
         scope: ``"global"`` or ``"layer"``.
+        per_cost: weigh importance against what a class costs.
 
     Returns:
         bool mask of removed classes, shape ``(num_classes,)``.
@@ -90,7 +92,7 @@ def choose(fams: Sequence[Family], cost: CostModel, target: float, *, scope: Lit
             f"cannot reach {target / start:.3f} of the {cost.unit}: the lowest possible is {best / start:.3f} "
             f"with every family at its floor; lower floor= or round_to=, or shorten ignore="
         )
-    gone = _per_layer(fams, cost, target) if scope == "layer" else _global(fams, cost, start, target)
+    gone = _per_layer(fams, cost, target) if scope == "layer" else _global(fams, cost, start, target, per_cost)
     return _mask(fams, _refill(fams, gone, cost, target), cost.num_classes)
 
 
@@ -118,11 +120,12 @@ def _per_layer(fams: Sequence[Family], cost: CostModel, target: float) -> list[i
     return gone(float(ratios[low]))
 
 
-def _global(fams: Sequence[Family], cost: CostModel, start: float, target: float) -> list[int]:
+def _global(fams: Sequence[Family], cost: CostModel, start: float, target: float, per_cost: bool) -> list[int]:
     gone = [0] * len(fams)
     for t in range(1, _ROUNDS + 1):
         goal = start + (target - start) * t / _ROUNDS
         price = cost.marginal(_mask(fams, gone, cost.num_classes)).clamp(min=1e-12)
+        price = price if per_cost else torch.ones_like(price)
         owner, upto, density = _units(fams, gone, price)
         rank = torch.argsort(density, stable=True)
         owner, upto = owner[rank], upto[rank]
