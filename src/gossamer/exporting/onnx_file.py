@@ -135,7 +135,7 @@ def _open(source: Any, example_inputs: Any) -> tuple[nn.Module, Any]:
         from gossamer.plan import Plan
         from gossamer.run_folder import PLAN, load
 
-        model, inputs = load(source), example_inputs
+        model, inputs = load(Path(source)), example_inputs
         if inputs is None:
             inputs = _filled(Plan.load(Path(source) / PLAN).example_inputs())
     else:
@@ -209,7 +209,7 @@ def _judge(agreement: Agreement, quantized: bool, parity: float) -> tuple[str, .
     return ()
 
 
-class _beside(tempfile.TemporaryDirectory):  # type: ignore[type-arg]
+class _beside(tempfile.TemporaryDirectory):
     """A temporary folder beside the target, so that moving from it is atomic; gives the file's path in it."""
 
     def __init__(self, target: Path) -> None:
@@ -220,7 +220,7 @@ class _beside(tempfile.TemporaryDirectory):  # type: ignore[type-arg]
         except OSError as e:
             raise UsageError(f"cannot write {target}: {e.strerror}") from None
 
-    def __enter__(self) -> Path:  # type: ignore[override]
+    def __enter__(self) -> Path:
         return Path(super().__enter__()) / self.file
 
 

@@ -111,13 +111,13 @@ class _Graph:
             w, scale = self.array(source.input[0]), self.array(source.input[1])
             if w is None or scale is None or len(self.readers[source.input[0]]) > 1:
                 continue
-            perm = list(node.attribute[0].ints) if node.attribute else list(range(w.ndim))[::-1]
+            perm = list(node.attribute[0].ints) if node.attribute else list(range(w.ndim))[::-1]  # type: ignore[union-attr]
             name = source.input[0]
             self.constants[name] = numpy_helper.from_array(np.ascontiguousarray(w.transpose(perm)), name)
             if scale.ndim:
                 axis = next((a.i for a in source.attribute if a.name == "axis"), 1)
                 _set(source, "axis", perm.index(axis % w.ndim))
-            source.output[0] = node.output[0]
+            source.output[0] = node.output[0]  # type: ignore[union-attr]
             self.nodes.remove(node)
             self.index()
 
@@ -179,9 +179,9 @@ class _Graph:
             move = self.maker.get(node.input[0])
             if move is None or move.op_type not in _ONE_OUTPUT_MOVES or self.only_reader(node.input[0]) is not node:
                 continue
-            final, codes = node.output[0], self.name()
-            node.input[0], move.input[0] = move.input[0], codes
-            node.output[0], move.output[0] = codes, final
+            final, codes = node.output[0], self.name()  # type: ignore[union-attr]
+            node.input[0], move.input[0] = move.input[0], codes  # type: ignore[union-attr]
+            node.output[0], move.output[0] = codes, final  # type: ignore[union-attr]
             self.nodes.remove(node)
             self.nodes.insert(self.nodes.index(move), node)
             self.index()

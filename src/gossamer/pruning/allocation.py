@@ -65,7 +65,9 @@ def families(
     return out
 
 
-def choose(fams: Sequence[Family], cost: CostModel, target: float, *, scope: Literal["global", "layer"] = "global", per_cost: bool = False) -> Tensor:
+def choose(
+    fams: Sequence[Family], cost: CostModel, target: float, *, scope: Literal["global", "layer"] = "global", per_cost: bool = False
+) -> Tensor:
     """Remove classes until ``cost`` is at most ``target``, and as little below it as the step sizes allow.
 
     Globally, families compete: the least important classes go first, whichever family they are of, or, with ``per_cost``, those with

@@ -46,6 +46,6 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any], example_inpu
     finally:
         for m, momentum in zip(layers, momenta, strict=True):
             m.momentum = momentum
-        for m, training in modes.items():
-            m.training = training
+        for module, training in modes.items():
+            module.training = training
     return len(layers) if seen else 0

@@ -37,10 +37,10 @@ class _Moments:
 
     @classmethod
     def empty(cls, size_x: int, size_y: int) -> _Moments:
-        z = {"dtype": torch.float64}
-        return cls(
-            0, torch.zeros(size_x, **z), torch.zeros(size_y, **z), torch.zeros(size_x, size_y, **z), torch.zeros(size_y, size_y, **z)  # type: ignore[arg-type]
-        )
+        def zeros(*size: int) -> Tensor:
+            return torch.zeros(*size, dtype=torch.float64)
+
+        return cls(0, zeros(size_x), zeros(size_y), zeros(size_x, size_y), zeros(size_y, size_y))
 
     def add(self, x_NI: Tensor, y_NK: Tensor) -> None:
         self.n += len(x_NI)
@@ -290,5 +290,3 @@ def _fold(
             new.bias = nn.Parameter(shift_O.to(new.weight))
             return [AddBias(module=name, size=len(shift_O))]
     return []
-
-

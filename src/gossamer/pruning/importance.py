@@ -22,7 +22,13 @@ CRITERIA = ("l1", "l2", "taylor", "random")
 
 
 def importance_scores(
-    model: nn.Module, channels: ChannelMap, criterion: Importance, *, example_inputs: Any, calibration: Iterable[Any] | None = None, seed: int = 0
+    model: nn.Module,
+    channels: ChannelMap,
+    criterion: Importance,
+    *,
+    example_inputs: Any,
+    calibration: Iterable[Any] | None = None,
+    seed: int = 0,
 ) -> Tensor:
     """Importance of every class, comparable across families.
 
@@ -104,7 +110,9 @@ def per_family(channels: ChannelMap, scores: Tensor) -> Tensor:
 
 def _taylor(model: nn.Module, channels: ChannelMap, example_inputs: Any, calibration: Iterable[Any] | None) -> Tensor:
     if calibration is None:
-        raise UsageError("importance='taylor' needs calibration data: give calibration=, batches of inputs, with targets where there are some")
+        raise UsageError(
+            "importance='taylor' needs calibration data: give calibration=, batches of inputs, with targets where there are some"
+        )
     network = copy.deepcopy(model).eval().requires_grad_(True)
     parameters = dict(network.named_parameters())
     scores, count = torch.zeros(channels.num_classes, dtype=torch.float64), 0
@@ -112,7 +120,9 @@ def _taylor(model: nn.Module, channels: ChannelMap, example_inputs: Any, calibra
         for raw in calibration:
             batch = split(raw, example_inputs)
             logits = outputs(network(*batch.args, **batch.kwargs))[0]
-            target = batch.target if isinstance(batch.target, Tensor) and not batch.target.is_floating_point() else logits.detach().argmax(1)
+            target = (
+                batch.target if isinstance(batch.target, Tensor) and not batch.target.is_floating_point() else logits.detach().argmax(1)
+            )
             network.zero_grad()
             F.cross_entropy(logits, target).backward()
             products = {n: p.detach() * p.grad for n, p in parameters.items() if p.grad is not None}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.errors import NothingToDo, SelectorError, UsageError, WeightsError, near
-from gossamer.plan import Plan, input_specs
+from gossamer.plan import AddBias, Keep, Plan, SetAttribute, input_specs
 from gossamer.pruning.allocation import choose, families
 from gossamer.pruning.batchnorm import reestimate_batch_norm
 from gossamer.pruning.compensation import compensate as fold_back
@@ -90,7 +90,8 @@ def prune(
     kept = _ignored(model, traced, ignore)
     scores = importance_scores(model, traced.channels, importance, example_inputs=example_inputs, calibration=calibration, seed=seed)
     made, after = _cut_to(model, traced, kept, scores, kind, target, scope=scope, round_to=round_to, floor=floor)
-    edits, notes = list(made.edits), list(made.notes)
+    edits: list[Keep | SetAttribute | AddBias] = list(made.edits)
+    notes = list(made.notes)
     if calibration is None:
         if compensate or reestimate_bn:
             notes.append("no calibration data: neither compensated nor were batch norms re-estimated")

@@ -77,7 +77,7 @@ def quantized(module: fx.GraphModule, edits: Sequence[Any]) -> fx.GraphModule:
     module.recompile()
     for parameter in module.parameters():
         parameter.requires_grad_(False)
-    return module.eval()  # type: ignore[return-value]
+    return module.eval()
 
 
 def _check(weights: dict[str, Any], by_weight: dict[str, Any], points: dict[str, Any], names: set[str]) -> None:

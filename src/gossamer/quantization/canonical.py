@@ -132,7 +132,7 @@ def _evaluate(module: fx.GraphModule, node: fx.Node, closure: set[fx.Node]) -> T
         if n.op == "get_attr":
             values[n] = tensor_at(module, str(n.target))
         else:
-            args, kwargs = fx.node.map_arg((n.args, n.kwargs), values.__getitem__)  # type: ignore[arg-type]
+            args, kwargs = fx.node.map_arg((n.args, n.kwargs), values.__getitem__)
             assert callable(n.target)
             values[n] = n.target(*args, **kwargs)
     result = values[node]

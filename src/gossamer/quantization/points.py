@@ -147,7 +147,7 @@ def _layers(module: fx.GraphModule, ignore: tuple[str, ...]) -> tuple[list[fx.No
         notes.append(
             f"run in float with 8-bit weights, runtimes have no integer kernel: {', '.join(f'{module_path(n)} ({op_name(n)})' for n in no_kernel)}"
         )
-    other = {}
+    other: dict[str, list[str]] = {}
     for n in module.graph.nodes:
         if op_name(n) in {
             "lstm",
@@ -194,14 +194,14 @@ def _can_be_rounded(node: Any) -> bool:
     if op_name(made_by) in CLIP:
         made_by = made_by.args[0]  # type: ignore[assignment]
     return op_name(made_by) in CONVOLUTION | LINEAR | GATE | JOIN | AVERAGE | {"batch_norm"} or (
-        is_part(made_by) and op_name(made_by.args[0]) == "batch_norm"
-    )  # type: ignore[arg-type]
+        is_part(made_by) and op_name(made_by.args[0]) == "batch_norm"  # type: ignore[arg-type]
+    )
 
 
 def _pads_zeros(node: fx.Node) -> bool:
     mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
     fill = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
-    return mode == "constant" and fill in (None, 0, 0.0)
+    return bool(mode == "constant" and fill in (None, 0, 0.0))
 
 
 def _reach_only_output(graph: fx.Graph) -> set[fx.Node]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -48,7 +48,7 @@ def attribute_edits(original: nn.Module, cut: nn.Module, masks: Masks, traced: T
         if path in touched or any(n and n.rpartition(".")[0] in touched for n in own):
             for kind, describe in _DECLARES:
                 if isinstance(module, kind):
-                    edits += _changed(path, module, describe(module, original.get_submodule(path), _of(masks, path)))
+                    edits += _changed(path, cast(nn.Module, module), describe(module, original.get_submodule(path), _of(masks, path)))
                     break
     of = traced.classes.of
     for path, labels in traced.declared.items():
@@ -105,4 +105,3 @@ _DECLARES: tuple[tuple[type | tuple[type, ...], Callable[[Any, Any, Masks], dict
     (nn.PReLU, lambda m, old, masks: {"num_parameters": m.weight.shape[0]}),
     (nn.Embedding, lambda m, old, masks: {"num_embeddings": m.weight.shape[0], "embedding_dim": m.weight.shape[1]}),
 )
-

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -31,7 +30,7 @@ def prove(original: nn.Module, pruned: nn.Module, traced: Trace, removed: Tensor
     Returns:
         A `Proof`; inexact groups that lose channels are named in it by the caller.
     """
-    zeroed = {}
+    zeroed: dict[str, Tensor] = {}
     state = {**dict(original.named_parameters()), **dict(original.named_buffers())}
     for (tensor, dim), keep in traced.channels.keep_masks(removed).items():
         if (tensor, dim) in traced.classes.consumers:

@@ -99,7 +99,9 @@ def _couple_box(plane: Array, root: Array) -> list[tuple[Array, Array]]:
             return []
         index = np.repeat(np.arange(box.shape[d]), slabs.shape[1])
         known, local = np.unique(slabs.reshape(-1), return_inverse=True)
-        graph = coo_array((np.ones(len(index), dtype=np.int8), (index, local.reshape(-1) + box.shape[d])), shape=(box.shape[d] + len(known),) * 2)
+        graph = coo_array(
+            (np.ones(len(index), dtype=np.int8), (index, local.reshape(-1) + box.shape[d])), shape=(box.shape[d] + len(known),) * 2
+        )
         options.append((connected_components(graph, directed=False)[0], d))
     _, best = max(options)
     rows = np.moveaxis(box, best, 0).reshape(box.shape[best], -1)
@@ -169,7 +171,11 @@ def _describe(ledger: Ledger, of: Array, n: int, frozen: dict[int, str], inexact
         if reason is None and len(classes) > 1:
             groups.append(group)
         elif produces[c] or consumes[c]:
-            stay.append(group if reason else ChannelGroup(name, group.classes, width, "a single class: removing it would remove everything", blurred))
+            stay.append(
+                group
+                if reason
+                else ChannelGroup(name, group.classes, width, "a single class: removing it would remove everything", blurred)
+            )
     consumers = frozenset((o.tensor, o.dim) for o, r in zip(ledger.origins, roles, strict=True) if "in" in r)
     blur = np.zeros(n, dtype=bool)
     blur[list(inexact)] = True

@@ -139,4 +139,3 @@ class Ledger:
     def slot(self, labels: Tensor) -> None:
         """A part of a tensor that is used by itself: something of it must stay."""
         self.slots.append(flat(labels))
-

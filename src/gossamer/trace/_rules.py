@@ -31,7 +31,9 @@ _POINTWISE = (
 _FACTORIES = "new_zeros new_ones new_full new_empty new_empty_strided"
 
 # They change the shape of their first argument in place: not understood, and its labels are gone.
-_RESHAPING = frozenset(["squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_", "resize_", "resize_as_", "set_", "as_strided_"])
+_RESHAPING = frozenset(
+    ["squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_", "resize_", "resize_as_", "set_", "as_strided_"]
+)
 
 
 def rule(names: str) -> Callable[[Rule], Rule]:
@@ -54,7 +56,9 @@ def rule_of(func: Any) -> tuple[str, Rule, bool]:
         reshapes = name in _RESHAPING
         known = RULES.get(name) if space == "aten" else None
         if known is None and space == "aten":
-            if torch.Tag.pointwise in func.tags or (inplace and (torch.Tag.pointwise in getattr(getattr(torch.ops.aten, name[:-1], None), "default", func).tags)):
+            if torch.Tag.pointwise in func.tags or (
+                inplace and (torch.Tag.pointwise in getattr(getattr(torch.ops.aten, name[:-1], None), "default", func).tags)
+            ):
                 known = pointwise
         if func._overloadname.endswith("out") and known is pointwise:
             known = None

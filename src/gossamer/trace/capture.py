@@ -59,7 +59,7 @@ def capture(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
         TraceError: the network's own forward pass fails on the example inputs.
     """
     program = export_program(model, example_inputs)
-    module: Any = program.exported.module(check_guards=False)  # type: ignore[operator]
+    module: Any = program.exported.module(check_guards=False)
     graph = fx.GraphModule(module, module.graph, class_name="Captured")
     graph.meta["dynamic_batch"], graph.meta["notes"] = program.dynamic, program.notes
     return graph
