@@ -147,7 +147,7 @@ def _layers(module: fx.GraphModule, ignore: tuple[str, ...]) -> tuple[list[fx.No
         notes.append(
             f"run in float with 8-bit weights, runtimes have no integer kernel: {', '.join(f'{module_path(n)} ({op_name(n)})' for n in no_kernel)}"
         )
-    other: dict[str, list[str]] = {}
+    other: dict[str, None] = {}
     for n in module.graph.nodes:
         if op_name(n) in {
             "lstm",
