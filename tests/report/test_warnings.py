@@ -57,7 +57,10 @@ def test_more_memory_and_more_work():
 def test_kernels_that_compute_something_else():
     assert "the simulation 84.0%" in warnings_for(artefact(), small(), PARITY, simulated=accuracy(336, 400))[0]
     assert warnings_for(artefact(), small(), PARITY, simulated=accuracy(325, 400)) == []
-    assert "6.5 dB" in warnings_for(artefact(), small(), PARITY.model_copy(update={"simulation_sqnr_db": 6.5}))[0]
+    far = PARITY.model_copy(update={"simulation_to_original_db": 15.3, "artefact_to_original_db": 6.5})
+    assert "6.5 dB" in warnings_for(artefact(), small(), far)[0]
+    near = PARITY.model_copy(update={"simulation_sqnr_db": 15.0, "simulation_to_original_db": 17.3, "artefact_to_original_db": 17.4})
+    assert warnings_for(artefact(), small(), near) == []
 
 
 def test_a_prune_that_removed_nothing():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,12 @@ def measure(
     timed = benchmark(original.path, path, example_inputs=job.example_inputs, threads=job.threads)
     evaluated = evaluate(path, job.evaluation, reference=original.path, progress=_stage(progress, "evaluate"))
 
+    simulated = executed = None
+    if exported.sqnr_db is not None:  # integers: does the runtime compute what the simulation does?
+        sample = list(islice(job.evaluation, 2))
+        simulated = evaluate(result.model, sample, reference=job.model, example_inputs=job.example_inputs).sqnr_db
+        executed = evaluate(path, sample, reference=original.path).sqnr_db
+
     def measured(which: int, profile: Profile, accuracy: Any, file: Path) -> Measured:
         row = timed.rows[which]
         return Measured(
@@ -94,6 +101,8 @@ def measure(
         before_difference=original.difference,
         after_difference=exported.difference if exported.sqnr_db is None else None,
         simulation_sqnr_db=exported.sqnr_db,
+        simulation_to_original_db=simulated,
+        artefact_to_original_db=executed,
         sqnr_db=evaluated.sqnr_db,
         top1_agreement=evaluated.agreement,
         n=evaluated.n,

@@ -62,6 +62,8 @@ class Parity(_Part):
     sqnr_db: Decibels | None = None
     top1_agreement: float | None = None
     simulation_sqnr_db: Decibels | None = None
+    simulation_to_original_db: Decibels | None = None
+    artefact_to_original_db: Decibels | None = None
     n: int
 
 
