@@ -148,11 +148,11 @@ def _store_weight(module: fx.GraphModule, layers: list[fx.Node], edit: QuantizeW
     step = torch.tensor(edit.steps if edit.axis is not None else edit.steps[0], dtype=torch.float32, device=w.device)
     put_tensor(module, edit.tensor, codes(w, step, edit.bits, edit.axis, signed=edit.signed), buffer=True)
     put_tensor(module, edit.tensor + "_step", step, buffer=True)
+    if not edit.signed:
+        points = edit.zero_points if edit.axis is not None else edit.zero_points[0]
+        put_tensor(module, edit.tensor + "_zero_point", torch.tensor(points, dtype=torch.uint8, device=w.device), buffer=True)
     with graph.inserting_after(node):
         zero = None if edit.signed else graph.get_attr(edit.tensor + "_zero_point")
-        if zero is not None:
-            points = edit.zero_points if edit.axis is not None else edit.zero_points[0]
-            put_tensor(module, edit.tensor + "_zero_point", torch.tensor(points, dtype=torch.uint8, device=w.device), buffer=True)
     with graph.inserting_after(node):
         scale = graph.get_attr(edit.tensor + "_step")
     with graph.inserting_after(zero or scale):

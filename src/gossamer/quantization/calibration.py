@@ -60,8 +60,8 @@ def observe(
         for leaves in _flat(batches, example_inputs, module):
             try:
                 observer.run(*leaves, enable_io_processing=False)
-            except UsageError:
-                raise
+            except UsageError as e:
+                raise UsageError(str(e).splitlines()[0]) from None  # torch.fx appends where in the graph it was
             except RuntimeError as e:
                 raise UsageError(f"calibration batch {done + 1} does not run through the network: {str(e).splitlines()[0][:160]}") from None
             samples = _batch_size(leaves)

@@ -30,7 +30,7 @@ def minmax_steps(w: Tensor, bits: int = 8, axis: int | None = 0) -> Tensor:
     return _shaped(_sane(largest), axis)
 
 
-def mse_steps(w: Tensor, bits: int = 8, axis: int | None = 0, *, candidates: int = 80) -> Tensor:
+def mse_steps(w: Tensor, bits: int = 8, axis: int | None = 0, *, candidates: int = 200) -> Tensor:
     """Step per channel of least squared rounding error, by grid search: ``argmin_S sum (w - clamp(round(w / S)) S)^2``.
 
     Example:
