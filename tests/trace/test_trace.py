@@ -181,6 +181,19 @@ def test_tracing_changes_nothing_and_is_deterministic():
     assert any(g.name.startswith("aux1") for g in first.groups), "heads that run only in train mode are seen"
 
 
+def test_modules_that_never_run_are_named():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.spare = nn.Linear(4, 6), nn.Linear(6, 2), nn.Linear(6, 6)
+
+        def forward(self, x):
+            return nn.functional.linear(self.a(x), self.b.weight)
+
+    assert set(channels(Net(), (torch.zeros(1, 4),)).unvisited) == {"spare"}
+    assert channels(nn.Linear(4, 2), (torch.zeros(1, 4),)).unvisited == {}
+
+
 def test_a_forward_pass_that_fails_is_one_line():
     with pytest.raises(TraceError) as e:
         trace(nn.Linear(4, 2), (torch.zeros(1, 5),))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,8 +17,6 @@ from gossamer.trace._classes import Classes, resolve
 from gossamer.trace._ledger import Ledger
 from gossamer.trace._watch import Step, Watch
 from gossamer.trace.channels import ChannelMap
-
-_logger = logging.getLogger("gossamer")
 
 
 @dataclass(frozen=True)
@@ -67,8 +64,9 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
     watch = Watch(model, ledger, steps.append)
     _freeze_outputs(watch, ledger, _run(model, example_inputs, watch))
     profile = _profile(model, watch)
-    _watch_unvisited(model, example_inputs, watch, ledger)
+    unvisited = _watch_unvisited(model, example_inputs, watch, ledger)
     classes = resolve(ledger)
+    classes = replace(classes, channels=replace(classes.channels, unvisited=unvisited))
     return Trace(classes.channels, profile, example_inputs, classes, tuple(steps), ledger.declared)
 
 
@@ -78,16 +76,27 @@ def _freeze_outputs(watch: Watch, ledger: Ledger, out: Any) -> None:
             ledger.freeze(plane, "the network's output")
 
 
-def _watch_unvisited(model: nn.Module, example_inputs: ExampleInputs, watch: Watch, ledger: Ledger) -> None:
-    """Modules that run only in train mode (auxiliary heads) are watched in a second pass; where that fails, nothing they could read is known."""
-    unvisited = [n for n, m in model.named_modules() if n not in watch.visited and any(True for _ in m.parameters(recurse=False))]
-    if not unvisited:
-        return
+def _watch_unvisited(model: nn.Module, example_inputs: ExampleInputs, watch: Watch, ledger: Ledger) -> dict[str, str]:
+    """Watch modules that run only in train mode (auxiliary heads) in a second pass; returns those that no pass reaches, with the reason."""
+
+    def left() -> list[str]:
+        return [
+            n
+            for n, m in model.named_modules()
+            if n not in watch.visited
+            and any(True for _ in m.parameters(recurse=False))
+            and not any(f"{n}.{p}" in watch.used for p, _ in m.named_parameters(recurse=False))  # its weights, used without calling it
+        ]
+
+    if not left():
+        return {}
     watch.on_step = None
+    reason = "runs neither in eval nor in train mode"
     try:
         _freeze_outputs(watch, ledger, _run(model, example_inputs, watch, training=True))
     except TraceError as e:
-        _logger.debug("modules that eval mode does not visit are left alone (%s): %s", ", ".join(unvisited[:3]), e)
+        reason = f"does not run in eval mode, and train mode cannot be watched: {e}"
+    return dict.fromkeys(left(), reason)
 
 
 def channels(model: nn.Module, example_inputs: ExampleInputs) -> ChannelMap:

@@ -55,6 +55,7 @@ class ChannelMap:
         frozen: families that must stay, with their reason.
         axes: every labelled dimension of every parameter and buffer.
         num_classes: class ids run from 0 to this.
+        unvisited: modules that no pass reaches, with the reason; they stay as they are.
     """
 
     groups: tuple[ChannelGroup, ...]
