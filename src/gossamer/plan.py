@@ -47,6 +47,26 @@ class AddBias(_Edit):
     size: int
 
 
+class RescaleCall(_Edit):
+    """Rescale numbers that a module's code passes to torch: in the ``ordinal``-th call of ``call`` in its forward, leaf ``position`` times ``up / down``.
+
+    ``ratios`` lists ``(position, up, down)``.
+    """
+
+    kind: Literal["rescale_call"] = "rescale_call"
+    module: str
+    call: str
+    ordinal: int
+    ratios: tuple[tuple[int, int | float, int | float], ...]
+
+
+class AdaptAttention(_Edit):
+    """Let a `torch.nn.MultiheadAttention` have any number of heads, whatever its width; its parameters keep their names."""
+
+    kind: Literal["adapt_attention"] = "adapt_attention"
+    module: str
+
+
 class QuantizeWeight(_Edit):
     """Store a weight as integers: ``w = (q - zero_point) * step``, along ``axis`` (None: one step for the tensor)."""
 
@@ -73,7 +93,10 @@ class QuantizeActivation(_Edit):
     zero_point: int
 
 
-Edit = Annotated[Keep | SetAttribute | AddBias | QuantizeWeight | QuantizeActivation, Field(discriminator="kind")]
+Edit = Annotated[
+    Keep | SetAttribute | RescaleCall | AdaptAttention | AddBias | QuantizeWeight | QuantizeActivation, Field(discriminator="kind")
+]
+StructureEdit = Keep | SetAttribute | RescaleCall | AdaptAttention | AddBias
 _QUANTIZE = (QuantizeWeight, QuantizeActivation)
 
 
@@ -182,6 +205,11 @@ class Plan(BaseModel):
                     lines.append(f"  keep      {e.tensor} dim {e.dim}: {n} channels")
                 case SetAttribute():
                     lines.append(f"  set       {e.module}.{e.name} = {e.value}")
+                case RescaleCall():
+                    sizes = ", ".join(f"{down} -> {up}" for _, up, down in e.ratios)
+                    lines.append(f"  rescale   {e.module or 'the network'}: {e.call} #{e.ordinal}, {sizes}")
+                case AdaptAttention():
+                    lines.append(f"  adapt     {e.module}: attention with any number of heads")
                 case AddBias():
                     lines.append(f"  add bias  {e.module} [{e.size}]")
                 case QuantizeWeight():
@@ -207,9 +235,11 @@ def input_specs(example_inputs: Any) -> tuple[InputSpec, ...]:
     )
 
 
-def apply_structure(model: nn.Module, edits: Sequence[_Edit]) -> nn.Module:
-    """Apply `Keep`, `SetAttribute` and `AddBias` edits to a copy of ``model``, and return the copy."""
-    model = copy.deepcopy(model)
+def apply_structure(model: nn.Module, edits: Sequence[_Edit], *, copied: bool = False) -> nn.Module:
+    """Apply the edits that change a network's structure to a copy of ``model``, and return the copy; ``copied`` says it already is one."""
+    from gossamer.adapters import adapt_attention, rescale_calls
+
+    model = model if copied else copy.deepcopy(model)
     homes = _homes(model)
     for edit in edits:
         match edit:
@@ -220,6 +250,14 @@ def apply_structure(model: nn.Module, edits: Sequence[_Edit]) -> nn.Module:
                 if not hasattr(module, edit.name):
                     raise PlanError(f"module {edit.module!r} ({type(module).__name__}) has no attribute {edit.name!r}")
                 setattr(module, edit.name, edit.value)
+            case RescaleCall():
+                ratios = {position: (up, down) for position, up, down in edit.ratios}
+                rescale_calls(_module(model, edit.module), edit.call, edit.ordinal, ratios)
+            case AdaptAttention():
+                attention = _module(model, edit.module)
+                if not isinstance(attention, nn.MultiheadAttention):
+                    raise PlanError(f"module {edit.module!r} is a {type(attention).__name__}, not a MultiheadAttention")
+                adapt_attention(attention)
             case AddBias():
                 module = _module(model, edit.module)
                 weight = module.weight

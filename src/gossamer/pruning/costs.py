@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
+import numpy as np
 import torch
+from scipy.sparse import csr_array
 from torch import Tensor
 
 from gossamer.result import Profile
 from gossamer.trace.channels import Axis, ChannelMap
+
+Array = np.ndarray
 
 
 @dataclass(frozen=True)
@@ -27,17 +32,27 @@ class Term:
     axes: tuple[Axis, ...]
     per_element: float
 
-    def kept(self, removed: Tensor) -> dict[int, Tensor]:
-        """Per labelled dimension, what stays as float64 ones: shape ``(blocks, size)``, with dimension 0 divided into the blocks."""
-        blocks = max((a.labels.shape[0] for a in self.axes if a.labels.dim() == 2), default=1)
-        out = {}
-        for a in self.axes:
-            stays = ~(removed[a.labels.clamp(min=0)] & (a.labels >= 0))
-            stays = stays.double()
-            if a.dim == 0:
-                out[0] = stays.reshape(blocks, -1)
-            else:
-                out[a.dim] = stays if stays.dim() == 2 else stays.expand(blocks, -1)
+    @property
+    def blocks(self) -> int:
+        """Equal parts of dimension 0 that lose channels independently (the groups of a convolution)."""
+        return max((a.labels.shape[0] for a in self.axes if a.labels.dim() == 2), default=1)
+
+    def rows(self) -> list[list[tuple[int, Array]]]:
+        """For each block, for dimension 0 and every labelled dimension: its size, and the labels along it."""
+        by_dim = {a.dim: a.labels.numpy() for a in self.axes}
+        none = np.zeros(0, dtype=np.int64)
+        out = []
+        for b in range(self.blocks):
+            block = []
+            for d in sorted({0, *by_dim}):
+                labels = by_dim.get(d)
+                if d == 0:
+                    size = self.shape[0] // self.blocks
+                    block.append((size, none if labels is None else labels.reshape(self.blocks, -1)[b]))
+                elif labels is not None:
+                    mine = labels[b] if labels.ndim == 2 else labels
+                    block.append((len(mine), mine))
+            out.append(block)
         return out
 
     def fixed(self) -> int:
@@ -45,31 +60,45 @@ class Term:
         labelled = {a.dim for a in self.axes} | {0}
         return prod(n for d, n in enumerate(self.shape) if d not in labelled)
 
-    def total(self, removed: Tensor) -> float:
-        """Cost of what stays."""
-        kept = self.kept(removed)
-        return self.per_element * self.fixed() * float(self._per_block(kept).prod(0).sum())
 
-    def _per_block(self, kept: Mapping[int, Tensor]) -> Tensor:
-        """Kept count of dimension 0 and of every labelled dimension, per block: shape ``(dims, blocks)``."""
-        blocks = next(iter(kept.values())).shape[0] if kept else 1
-        rows = [k.sum(1) for k in kept.values()]
-        if 0 not in kept:
-            rows.insert(0, torch.full((blocks,), self.shape[0] / blocks, dtype=torch.float64))
-        return torch.stack(rows)
+@dataclass(frozen=True)
+class _Table:
+    """All terms as one table: a row for each labelled dimension of each block of each term.
 
-    def add_marginal(self, removed: Tensor, out: Tensor) -> None:
-        """Add to ``out[c]`` what removing class ``c`` next would save (to first order where a class appears in two dimensions)."""
-        kept = self.kept(removed)
-        counts = self._per_block(kept)
-        order = list(kept) if 0 in kept else [0, *kept]
-        for a in self.axes:
-            others = [i for i, d in enumerate(order) if d != a.dim]
-            each_B = counts[others].prod(0) * (self.per_element * self.fixed())
-            saved = kept[a.dim] * each_B[:, None]
-            labels = a.labels.reshape(saved.shape) if a.dim == 0 else a.labels.expand(saved.shape)
-            flat = labels.reshape(-1)
-            out.index_add_(0, flat[flat >= 0], saved.reshape(-1)[flat >= 0])
+    Attributes:
+        sizes: of the rows before anything goes.
+        labels: csr of shape ``(rows, classes)``: how often each class occurs in a row.
+        starts: first row of each block.
+        weights: cost of one element of each block.
+    """
+
+    sizes: Array
+    labels: csr_array
+    starts: Array
+    weights: Array
+
+    @classmethod
+    def of(cls, terms: Sequence[Term], num_classes: int) -> _Table:
+        sizes, starts, weights = list[int](), list[int](), list[float]()
+        rows, columns = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+        for term in terms:
+            weight = term.per_element * term.fixed()
+            for block in term.rows():
+                starts.append(len(sizes))
+                weights.append(weight)
+                for size, labels in block:
+                    found = labels[labels >= 0]
+                    rows.append(np.full(len(found), len(sizes)))
+                    columns.append(found)
+                    sizes.append(size)
+        row, column = np.concatenate(rows), np.concatenate(columns)
+        counts = csr_array((np.ones(len(row)), (row, column)), shape=(len(sizes), num_classes))
+        return cls(np.array(sizes, dtype=float), counts, np.array(starts, dtype=np.int64), np.array(weights))
+
+    def left(self, removed: Array) -> tuple[Array, Array]:
+        """Size of every row, and cost of every block, once classes are gone."""
+        sizes = self.sizes - self.labels @ removed.astype(float)
+        return sizes, self.weights * np.multiply.reduceat(sizes, self.starts) if len(self.starts) else self.weights
 
 
 @dataclass(frozen=True)
@@ -88,16 +117,20 @@ class CostModel:
     num_classes: int
     unit: str
 
+    @cached_property
+    def _table(self) -> _Table:
+        return _Table.of(self.terms, self.num_classes)
+
     def total(self, removed: Tensor) -> float:
         """Cost once the classes of the bool mask ``removed`` (shape ``(num_classes,)``) are gone."""
-        return self.constant + sum(t.total(removed) for t in self.terms)
+        return self.constant + float(self._table.left(removed.numpy())[1].sum())
 
     def marginal(self, removed: Tensor) -> Tensor:
-        """What removing each class next would save: float64, shape ``(num_classes,)``."""
-        out = torch.zeros(self.num_classes, dtype=torch.float64)
-        for t in self.terms:
-            t.add_marginal(removed, out)
-        return out
+        """What removing each class next would save (to first order where it appears in two dimensions): float64, ``(num_classes,)``."""
+        table = self._table
+        sizes, costs = table.left(removed.numpy())
+        each = np.repeat(costs, np.diff([*table.starts, len(sizes)])) / np.maximum(sizes, 1)
+        return torch.from_numpy((table.labels.T @ each) * ~removed.numpy())
 
 
 def mac_costs(channels: ChannelMap, profile: Profile, shapes: Mapping[str, tuple[int, ...]]) -> CostModel:
@@ -128,11 +161,20 @@ def parameter_costs(channels: ChannelMap, profile: Profile, parameters: Mapping[
     return CostModel(terms, profile.params - sum(prod(t.shape) for t in terms), channels.num_classes, "parameters")
 
 
-def channel_costs(channels: ChannelMap) -> CostModel:
-    """Channels of the prunable families: each class counts its family's width."""
+def channel_costs(channels: ChannelMap, kept: Tensor | None = None) -> CostModel:
+    """Channels of the prunable families: each class counts its family's width.
+
+    Args:
+        channels: of the network.
+        kept: bool, shape ``(num_classes,)``: classes that must stay and do not count.
+    """
     terms = []
     for g in channels.groups:
         labels = g.classes.long().cpu()
+        if kept is not None:
+            labels = labels[~kept[labels]]
+        if not len(labels):
+            continue
         terms.append(Term((len(labels),), (Axis("", 0, labels, "out"),), float(g.width)))
     return CostModel(tuple(terms), 0.0, channels.num_classes, "channels")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.errors import NothingToDo, SelectorError, UsageError, WeightsError, near
-from gossamer.plan import AddBias, Keep, Plan, SetAttribute, input_specs
+from gossamer.plan import Plan, StructureEdit, input_specs
 from gossamer.pruning.allocation import choose, families
 from gossamer.pruning.batchnorm import reestimate_batch_norm
 from gossamer.pruning.compensation import compensate as fold_back
@@ -90,7 +91,7 @@ def prune(
     kept = _ignored(model, traced, ignore)
     scores = importance_scores(model, traced.channels, importance, example_inputs=example_inputs, calibration=calibration, seed=seed)
     made, after = _cut_to(model, traced, kept, scores, kind, target, scope=scope, round_to=round_to, floor=floor)
-    edits: list[Keep | SetAttribute | AddBias] = list(made.edits)
+    edits: list[StructureEdit] = list(made.edits)
     notes = list(made.notes)
     if calibration is None:
         if compensate or reestimate_bn:
@@ -126,8 +127,10 @@ def _target(**given: float | None) -> tuple[float, str]:
 
 
 def _check_finite(model: nn.Module) -> None:
+    parameters = {n for n, _ in model.named_parameters()}
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        # a buffer may hold infinities that mean something: a mask, a clamp that is off
+        if tensor.is_floating_point() and not bool((torch.isfinite(tensor) if name in parameters else ~tensor.isnan()).all()):
             raise WeightsError(f"{name} holds NaN or infinite values: importance cannot be measured, check how the network was trained")
 
 
@@ -156,9 +159,10 @@ def _ignored(model: nn.Module, traced: Trace, patterns: Sequence[str]) -> Tensor
     return kept
 
 
-def _cost(model: nn.Module, traced: Trace, kind: str) -> CostModel:
+def _cost(model: nn.Module, traced: Trace, kind: str, kept: Tensor) -> CostModel:
+    """What is limited; a ratio is of the channels that can go at all."""
     if kind == "ratio":
-        return channel_costs(traced.channels)
+        return channel_costs(traced.channels, kept)
     if kind == "macs":
         return mac_costs(traced.channels, traced.profile, {n: tuple(t.shape) for n, t in model.state_dict().items()})
     return parameter_costs(traced.channels, traced.profile, {n: tuple(p.shape) for n, p in model.named_parameters()})
@@ -177,19 +181,21 @@ def _cut_to(
     floor: float,
 ) -> tuple[Cut, Profile]:
     """Choose and cut; choose again where surgery had to leave classes in, or where the true cost is above the target."""
-    cost = _cost(model, traced, kind)
-    start = cost.total(torch.zeros(traced.channels.num_classes, dtype=torch.bool))
-    goal = target * start
+    none = torch.zeros(traced.channels.num_classes, dtype=torch.bool)
+    over_by, notes = 0.0, list[str]()
     made: Cut | None = None
     after: Profile | None = None
     for _ in range(_ATTEMPTS):
         fams = families(traced.channels.groups, scores, round_to=round_to, floor=floor, kept=kept)
         if not fams:
             raise NothingToDo(f"nothing can be pruned: every family is at its floor, ignored or frozen ({_reasons(traced)})")
-        removed = choose(fams, cost, goal, scope=scope)  # type: ignore[arg-type]
+        cost = _cost(model, traced, kind, kept)
+        start = cost.total(none)
+        removed = choose(fams, cost, (target - over_by) * start, scope=scope)  # type: ignore[arg-type]
         if not bool(removed.any()):
             raise NothingToDo("nothing to prune: the target is met by the network as it is, or steps of round_to are too coarse for it")
         made = cut(model, traced, removed)
+        notes += [n for n in made.notes if n not in notes]
         after = costs(made.model, traced.example_inputs)
         left_in = made.frozen
         true = {"macs": after.macs / traced.profile.macs, "params": after.params / traced.profile.params}.get(kind)
@@ -198,7 +204,7 @@ def _cut_to(
             break
         kept = kept | left_in
         if over and true is not None:
-            goal -= (true - target) * start
+            over_by += true - target
     assert made is not None
     assert after is not None
-    return made, after
+    return replace(made, notes=tuple(notes)), after

@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from gossamer.errors import NothingToDo, PlanError, ProofError
-from gossamer.plan import Keep, SetAttribute, apply_structure
+from gossamer.errors import NothingToDo, ProofError
+from gossamer.plan import SetAttribute, StructureEdit, apply_structure
 from gossamer.result import Proof
-from gossamer.surgery.edits import attribute_edits, keep_edits
+from gossamer.surgery.edits import attention_edits, attribute_edits, keep_edits
+from gossamer.surgery.prediction import Prediction
 from gossamer.surgery.proof import prove
+from gossamer.surgery.repair import Repair, attribute_guesses, call_edits, size
 from gossamer.surgery.replay import classes_through, first_divergence
 from gossamer.trace import Trace
 
@@ -32,7 +34,7 @@ class Cut:
     """
 
     model: nn.Module
-    edits: tuple[Keep | SetAttribute, ...]
+    edits: tuple[StructureEdit, ...]
     proof: Proof
     removed: Tensor
     frozen: Tensor
@@ -91,17 +93,25 @@ def cut(model: nn.Module, traced: Trace, removed: Tensor) -> Cut:
     raise ProofError(f"the network could not be cut in {_ROUNDS} attempts: {notes[-1]}")
 
 
-def _apply(model: nn.Module, traced: Trace, removed: Tensor) -> tuple[nn.Module, list[Keep | SetAttribute]]:
+def _apply(model: nn.Module, traced: Trace, removed: Tensor) -> tuple[nn.Module, list[StructureEdit]]:
+    """The cut network: tensors, then what modules declare, then the sizes that their code holds for itself."""
     masks = traced.channels.keep_masks(removed)
     kept = keep_edits(masks)
     network = apply_structure(model, kept)
-    attributes = attribute_edits(model, network, masks, traced, removed)
-    for edit in attributes:
-        module = network.get_submodule(edit.module)
-        if not hasattr(module, edit.name):
-            raise PlanError(f"module {edit.module!r} has no attribute {edit.name!r}")
-        setattr(module, edit.name, edit.value)
-    return network, [*kept, *attributes]
+    edits: list[StructureEdit] = [*attribute_edits(model, network, masks, traced, removed), *attention_edits(network, masks)]
+    network = apply_structure(network, edits, copied=True)
+    repair = Repair(traced, Prediction(traced, removed))
+    needed = repair.needed(network)
+    for guess in attribute_guesses(network, needed) if needed else ():
+        before = [SetAttribute(module=e.module, name=e.name, value=getattr(network.get_submodule(e.module), e.name)) for e in guess]
+        apply_structure(network, guess, copied=True)
+        now = repair.needed(network)
+        if size(now) < size(needed):
+            edits, needed = [*edits, *guess], now
+        else:
+            apply_structure(network, before, copied=True)
+    calls = call_edits(needed)
+    return apply_structure(network, calls, copied=True), [*kept, *edits, *calls]
 
 
 def _through(traced: Trace, removed: Tensor, at: int, what: str) -> tuple[Tensor, str]:

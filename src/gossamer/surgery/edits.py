@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from gossamer.plan import Keep, SetAttribute
+from gossamer.adapters import original_attention
+from gossamer.plan import AdaptAttention, Keep, SetAttribute
 from gossamer.trace import Trace
 
 Masks = Mapping[tuple[str, int], Tensor]
@@ -58,6 +59,16 @@ def attribute_edits(original: nn.Module, cut: nn.Module, masks: Masks, traced: T
         if left != len(labels) and len(getattr(module, "normalized_shape", ())) == 1:
             edits += _changed(path, module, {"normalized_shape": (left,)})
     return list(dict.fromkeys(edits))
+
+
+def attention_edits(network: nn.Module, masks: Masks) -> list[AdaptAttention]:
+    """Every `torch.nn.MultiheadAttention` that loses something must no longer tie its heads to its width."""
+    cut = {t.rpartition(".")[0] for t, _ in masks}
+    return [
+        AdaptAttention(module=n)
+        for n, m in network.named_modules()
+        if original_attention(m) and any(t == n or t.startswith(f"{n}.") for t in cut)
+    ]
 
 
 def _of(masks: Masks, path: str) -> dict[tuple[str, int], Tensor]:

@@ -1,32 +1,75 @@
-"""Hold a cut network's forward pass against its trace: every operation must see the shapes that the labels predict."""
+"""Hold a cut network's forward pass against its trace: every operation must see the shapes and the scalars that the trace predicts."""
 
 from __future__ import annotations
 
+from math import isclose
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gossamer.adapters import free_attention
 from gossamer.sources.batches import call
-from gossamer.trace import Trace, plain_forward
-from gossamer.trace._rules import rule_of
-from gossamer.trace._watch import Step
+from gossamer.surgery.prediction import Prediction, Shape
+from gossamer.trace import Step, Trace, plain_forward, rule_of, scalars_of
+
+_COPIES = frozenset(["clone", "contiguous", "detach", "alias", "lift_fresh", "_to_copy"])
+_ALIASES = {"_unsafe_view": "view", "_reshape_alias": "view", "reshape": "view"}
 
 
-class _Shapes(TorchDispatchMode):
-    """Names and output shapes of every operation that gives tensors."""
+class _Diverged(Exception):
+    """The pass does something else than predicted."""
 
-    def __init__(self) -> None:
+
+class _Check(TorchDispatchMode):
+    """Compares every operation that gives tensors with the step of the trace, and stops at the first that differs."""
+
+    def __init__(self, traced: Trace, predict: Prediction) -> None:
         super().__init__()
-        self.seen: list[tuple[str, tuple[tuple[int, ...], ...]]] = []
+        self.steps, self.predict = traced.steps, predict
+        self.at = 0
+        self.what = ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        shapes = tuple(tuple(t.shape) for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor))
-        if shapes:
-            self.seen.append((rule_of(func)[0], shapes))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = rule_of(func)[0]
+        if name not in _COPIES:  # whether a reshape has to copy depends on how many heads are left, for example
+            shapes = [tuple(t.shape) for t in _tensors(out)]
+            if shapes:
+                while self.at < len(self.steps) and self.steps[self.at].op in _COPIES:
+                    self.at += 1
+                self._compare(_ALIASES.get(name, name), shapes, args, kwargs)
+                self.at += 1
         return out
+
+    def _compare(self, name: str, shapes: list[Shape], args: Any, kwargs: Any) -> None:
+        if self.at >= len(self.steps):
+            self._stop(f"runs {name} after its last operation")
+        step = self.steps[self.at]
+        if name != _ALIASES.get(step.op, step.op):
+            self._stop(f"runs {name} instead of {step.op}")
+        predicted = self.predict.shapes(step)
+        if any(p is not None and p != s for p, s in zip(predicted, shapes, strict=False)):
+            self._stop(f"gives shape {shapes[0]} where {predicted[0]} was expected")
+        scalars = scalars_of(args, kwargs)
+        if len(scalars) == len(step.scalars) and not all(map(_close, scalars, step.scalars)):
+            self._stop(f"computes with {scalars[0]:.4g} where the original has {step.scalars[0]:.4g}")
+
+    def _stop(self, what: str) -> None:
+        self.what = what
+        raise _Diverged
+
+
+def _close(a: float, b: float) -> bool:
+    return isclose(a, b, rel_tol=1e-6) or (a != a and b != b)
+
+
+def _tensors(out: Any) -> list[Tensor]:
+    if isinstance(out, Tensor):
+        return [out]
+    return [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor)] if out is not None else []
 
 
 def first_divergence(model: nn.Module, traced: Trace, removed: Tensor) -> tuple[int, str] | None:
@@ -40,48 +83,22 @@ def first_divergence(model: nn.Module, traced: Trace, removed: Tensor) -> tuple[
     Returns:
         Index of the step and what happened there; None where the pass runs as predicted.
     """
-    watch = _Shapes()
-    failure: str | None = None
-    with plain_forward(model):
+    check = _Check(traced, Prediction(traced, removed))
+    with plain_forward(model), free_attention(model):
         try:
-            with watch:
+            with check:
                 call(model, traced.example_inputs)
+        except _Diverged:
+            return check.at, check.what
         except Exception as e:
-            failure = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-    for i, (step, (name, shapes)) in enumerate(zip(traced.steps, watch.seen, strict=False)):
-        if name != step.op:
-            return i, f"runs {name} instead of {step.op}"
-        predicted = predict(step, traced, removed)
-        if any(p is not None and p != s for p, s in zip(predicted, shapes, strict=False)):
-            return i, f"gives shape {shapes[0]} where {predicted[0]} was expected"
-    if failure is not None:
-        return min(len(watch.seen), len(traced.steps) - 1), failure
-    if len(watch.seen) != len(traced.steps):
-        return len(traced.steps) - 1, f"runs {len(watch.seen)} operations instead of {len(traced.steps)}"
+            if check.what:  # user code caught and wrapped it
+                return check.at, check.what
+            reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+            return min(check.at, len(traced.steps) - 1), reason
+    left = [s for s in traced.steps[check.at :] if s.op not in _COPIES]
+    if left:
+        return len(traced.steps) - 1, f"runs {check.at} operations instead of {len(traced.steps)}"
     return None
-
-
-def predict(step: Step, traced: Trace, removed: Tensor) -> list[tuple[int, ...] | None]:
-    """Output shapes of a step once classes are gone; None where a box does not stay rectangular."""
-    out: list[tuple[int, ...] | None] = []
-    gone = torch.cat([removed, torch.zeros(1, dtype=torch.bool)])  # class -1: not a channel
-    of = torch.from_numpy(traced.classes.of)
-    for shape, planes in zip(step.shapes, step.outputs, strict=True):
-        size: list[int] | None = list(shape)
-        for plane in planes:
-            stays = ~gone[of[plane]]
-            dims = [d for d, n in enumerate(plane.shape) if n > 1]
-            count = 1
-            for d in dims:
-                left = int(stays.movedim(d, 0).flatten(1).any(1).sum())
-                count *= left
-                if size is not None:
-                    size[d] = left
-            if dims and count != int(stays.sum()):
-                size = None
-                break
-        out.append(tuple(size) if size is not None else None)
-    return out
 
 
 def classes_through(step: Step, traced: Trace) -> Tensor:

@@ -150,13 +150,15 @@ def _describe(ledger: Ledger, of: Array, n: int, frozen: dict[int, str], inexact
         mark[of[1:][which[owner[1:]]]] = True
     axes = []
     for o, r in zip(ledger.origins, roles, strict=True):
+        if not o.tensor:
+            continue
         labels = torch.from_numpy(of[o.start : o.start + o.count].reshape(o.shape).copy())
         axes.append(Axis(o.tensor, o.dim, labels, "out" if "out" in r else "in" if "in" in r else "pointwise"))
     groups, stay = [], []
     names: dict[str, int] = {}
     for first, classes, width in _families(ledger, of, n, owner):
         c = int(classes[0])
-        if first is None:
+        if not ledger.origins[first].tensor:
             continue
         reason = frozen.get(c)
         if reason is None and not produces[c]:
@@ -182,7 +184,7 @@ def _describe(ledger: Ledger, of: Array, n: int, frozen: dict[int, str], inexact
     return Classes(of, ChannelMap(tuple(groups), tuple(stay), tuple(axes), n), consumers, blur)
 
 
-def _families(ledger: Ledger, of: Array, n: int, owner: Array) -> list[tuple[int | None, Array, int]]:
+def _families(ledger: Ledger, of: Array, n: int, owner: Array) -> list[tuple[int, Array, int]]:
     """Classes with the same signature: which origins and slots they appear in, how often, and whether and why they are frozen.
 
     Returns:
@@ -205,7 +207,8 @@ def _families(ledger: Ledger, of: Array, n: int, owner: Array) -> list[tuple[int
                 mark[inside[inside >= 0]] = True
                 signature[mark] |= np.uint64(salt) << np.uint64(60)
     produced = np.array(["out" in ledger.roles.get((o.tensor, o.dim), set()) for o in ledger.origins], dtype=bool)
-    rank = np.where(produced[origin], origin, origin + len(ledger.origins))
+    nameless = np.array([not o.tensor for o in ledger.origins], dtype=bool)
+    rank = np.where(produced[origin], origin, origin + len(ledger.origins)) + 2 * len(ledger.origins) * nameless[origin]
     order = np.lexsort((rank, klass))
     firsts = order[np.unique(klass[order], return_index=True)[1]]
     home, per_class = origin[firsts], counts[firsts]

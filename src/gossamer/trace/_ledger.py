@@ -22,7 +22,10 @@ Reason = str | Callable[[], str]
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a run of labels came from: one dimension of one tensor; ``blocks`` is set where each block of dimension 0 has labels of its own."""
+    """Where a run of labels came from: one dimension of one tensor; ``blocks`` is set where each block of dimension 0 has labels of its own.
+
+    A tensor that Python made and that belongs to no module has no name.
+    """
 
     start: int
     tensor: str

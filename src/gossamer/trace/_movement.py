@@ -27,6 +27,23 @@ def same_view(watch: Watch, call: Call) -> list[Planes]:
     return [tuple(move(lambda full: call.func(full, *call.args[1:], **call.kwargs), p, x.shape) for p in watch.planes(x))]
 
 
+@rule("squeeze_ unsqueeze_ transpose_ t_ swapaxes_ swapdims_")
+def same_view_in_place(watch: Watch, call: Call) -> list[Planes]:
+    """The same, of the tensor itself."""
+    (shape, _), view = call.before, call.op.removesuffix("_")
+    return [tuple(move(lambda full: getattr(full, view)(*call.args[1:], **call.kwargs), p, shape) for p in watch.planes(call.tensors[0]))]
+
+
+@rule("as_strided as_strided_")
+def strided(watch: Watch, call: Call) -> list[Planes]:
+    """Another layout of the same elements; anything else addresses positions."""
+    x, out = call.tensors[0], call.outputs[0]
+    shape, stride = call.before or (tuple(x.shape), x.stride())
+    planes = watch.planes(x)
+    same = shape == tuple(out.shape) and all(n == 1 or a == b for n, a, b in zip(shape, stride, out.stride(), strict=True))
+    return [planes if same else fixed(watch, call, planes, range(len(shape)))]
+
+
 @rule("diagonal unfold")
 def window(watch: Watch, call: Call) -> list[Planes]:
     """Views that pick positions: labels that vary along the dimensions picked from stay."""

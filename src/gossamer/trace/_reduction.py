@@ -116,7 +116,7 @@ def reduce(watch: Watch, call: Call, planes: Planes, dims: Sequence[int], keep: 
     for p in planes:
         if any(p.shape[d] > 1 for d in dims):
             if all(d in dims for d in varies(p)):
-                watch.ledger.blur(p, lambda: f"reduced over in {call.where()}")
+                call.blurs += ((p, f"reduced over in {call.where()}"),)
                 continue
             p = collapse(watch.ledger, p, dims, call.where)
         results.append(p if keep else p.reshape([n for d, n in enumerate(p.shape) if d not in dims]))

@@ -27,10 +27,10 @@ _POINTWISE = (
     "uniform_ zero_ requires_grad_ frexp"
 )
 
-# They make a tensor of a size that Python asked for.
-_FACTORIES = "new_zeros new_ones new_full new_empty new_empty_strided"
+# They make a tensor of a size that Python asked for, the same everywhere.
+_FACTORIES = "new_zeros new_ones new_full new_empty new_empty_strided zeros ones full empty empty_strided"
 
-# They change the shape of their first argument in place: not understood, and its labels are gone.
+# They change the shape of their first argument in place: its labels are what the rule says.
 _RESHAPING = frozenset(
     ["squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_", "resize_", "resize_as_", "set_", "as_strided_"]
 )
@@ -84,8 +84,11 @@ def pointwise(watch: Watch, call: Call) -> list[Planes]:
 
 @rule(_FACTORIES)
 def factory(watch: Watch, call: Call) -> list[Planes]:
-    """A tensor of a size that Python asked for carries no labels."""
-    return [()] * len(call.outputs)
+    """A tensor of a size that Python asked for carries no labels, unless labelled channels are known to be written into it part by part.
+
+    Whether Python asks for the smaller size once channels are gone shows when the cut network runs.
+    """
+    return [tuple(watch.blank(out)) if out.is_floating_point() else () for out in call.outputs]
 
 
 def unknown(watch: Watch, call: Call) -> list[Planes]:

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gossamer.adapters import free_attention
 from gossamer.errors import TraceError
 from gossamer.result import ExampleInputs, Profile
 from gossamer.sources.batches import call, check_inputs, outputs
 from gossamer.trace._classes import Classes, resolve
 from gossamer.trace._ledger import Ledger
+from gossamer.trace._sites import Site
 from gossamer.trace._watch import Step, Watch
 from gossamer.trace.channels import ChannelMap
 
@@ -29,6 +31,7 @@ class Trace:
         example_inputs: what it was traced with.
         classes: resolved labels; for surgery.
         steps: every operation with the labels that went through it; for surgery.
+        sites: every call in which Python code passed numbers; for surgery.
         declared: module path -> labels of the size it declares (norms); for surgery.
     """
 
@@ -37,6 +40,7 @@ class Trace:
     example_inputs: ExampleInputs
     classes: Classes = field(repr=False)
     steps: tuple[Step, ...] = field(repr=False)
+    sites: tuple[Site, ...] = field(repr=False, default=())
     declared: dict[str, Any] = field(repr=False, default_factory=dict)
 
 
@@ -60,18 +64,27 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
         TraceError: the forward pass fails on the inputs.
     """
     example_inputs = check_inputs(example_inputs)
-    ledger, steps = Ledger(), list[Step]()
-    watch = Watch(model, ledger, steps.append)
-    _freeze_outputs(watch, ledger, _run(model, example_inputs, watch))
+    ledger, steps, watch, out = _watched(model, example_inputs, {})
+    if watch.written:  # tensors that are filled part by part: once more, with labels for those
+        ledger, steps, watch, out = _watched(model, example_inputs, watch.written)
+    sites = tuple(watch.sites)
+    _freeze_outputs(watch, ledger, out)
     profile = _profile(model, watch)
     unvisited = _watch_unvisited(model, example_inputs, watch, ledger)
     classes = resolve(ledger)
     classes = replace(classes, channels=replace(classes.channels, unvisited=unvisited))
-    return Trace(classes.channels, profile, example_inputs, classes, tuple(steps), ledger.declared)
+    return Trace(classes.channels, profile, example_inputs, classes, tuple(steps), sites, ledger.declared)
+
+
+def _watched(model: nn.Module, example_inputs: ExampleInputs, written: dict[int, set[int]]) -> tuple[Ledger, list[Step], Watch, Any]:
+    ledger, steps = Ledger(), list[Step]()
+    watch = Watch(model, ledger, steps.append, written)
+    return ledger, steps, watch, _run(model, example_inputs, watch)
 
 
 def _freeze_outputs(watch: Watch, ledger: Ledger, out: Any) -> None:
     for t in outputs(out):
+        watch.blur_used(t)
         for plane in watch.planes(t):
             ledger.freeze(plane, "the network's output")
 
@@ -134,7 +147,7 @@ def _run(model: nn.Module, example_inputs: ExampleInputs, watch: Watch, *, train
     leaves = [t for t in torch.utils._pytree.tree_leaves(tuple(values)) if isinstance(t, Tensor)]
     with plain_forward(model, training=training):
         try:
-            with watch.watching(leaves):
+            with free_attention(model), watch.watching(leaves):
                 return call(model, example_inputs)
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError) as e:
             shapes = ", ".join(str(tuple(t.shape)) for t in leaves)
@@ -144,11 +157,15 @@ def _run(model: nn.Module, example_inputs: ExampleInputs, watch: Watch, *, train
 
 @contextmanager
 def plain_forward(model: nn.Module, *, training: bool = False) -> Iterator[None]:
-    """Eval mode (or train mode), no gradients, no fused fast path, a random state of its own; everything is put back."""
+    """Eval mode (or train mode), no gradients, no fused fast path, a random state of its own; everything is put back.
+
+    Modules that keep tensors between passes (biases looked up once for eval mode) drop them when they change modes, so both modes are entered.
+    """
     modes = {m: m.training for m in model.modules()}
     buffers = {n: b.clone() for n, b in model.named_buffers()}
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    model.train(not training)
     model.train(training)
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -159,6 +176,7 @@ def plain_forward(model: nn.Module, *, training: bool = False) -> Iterator[None]
             for n, b in model.named_buffers():
                 if n in buffers and not torch.equal(b, buffers[n]):
                     b.copy_(buffers[n])
+        model.train()
         for m, training in modes.items():
             m.training = training
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,19 +15,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gossamer.result import LayerCost
 from gossamer.trace._costs import contraction_cost
 from gossamer.trace._ledger import Ledger
-from gossamer.trace._planes import Operand, Planes
+from gossamer.trace._planes import Operand, Planes, varies
+from gossamer.trace._sites import Counter, Site, Sites
 
 _ATTRIBUTE = "_gossamer_note"
 
 
 @dataclass(slots=True)
 class Note:
-    """What the watcher remembers of a tensor: its planes, the weight it was computed from (where it is one), and what it is."""
+    """What the watcher remembers of a tensor: its planes, the weight it was computed from (where it is one), what it is, and what it blurs if used."""
 
     watch: Watch
     planes: Planes
     weight: str | None
     what: str
+    blurs: tuple[tuple[Tensor, str], ...] = ()
 
 
 @dataclass(slots=True)
@@ -42,6 +44,8 @@ class Call:
     outputs: list[Tensor]
     path: str
     weight: str | None
+    before: tuple[tuple[int, ...], ...] = ()
+    blurs: tuple[tuple[Tensor, str], ...] = ()
 
     def arg(self, position: int, name: str, default: Any = None) -> Any:
         """An argument by position or name."""
@@ -54,13 +58,27 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What a trace remembers of one operation, to hold a replay against it."""
+    """What a trace remembers of one operation, to hold a replay against it.
+
+    Attributes:
+        op: its name.
+        path: module it ran in.
+        inputs: planes of all its operands.
+        outputs: planes of each result.
+        shapes: shape of each result.
+        scalars: the real numbers among its arguments.
+        numbers: of a slice or split: its arguments, None for the tensor.
+        site: index of the call site it ran in; -1 where there is none.
+    """
 
     op: str
     path: str
     inputs: Planes
     outputs: tuple[Planes, ...]
     shapes: tuple[tuple[int, ...], ...]
+    scalars: tuple[float, ...] = ()
+    numbers: tuple[Any, ...] = ()
+    site: int = -1
 
 
 class _Tracked:
@@ -82,9 +100,16 @@ class Watch(TorchDispatchMode):
         model: the network.
         ledger: where labels are written down; None watches costs only.
         on_step: called with every `Step` before the next operation runs.
+        written: of the tensors that Python makes, by number, the dimensions along which labels are written into them.
     """
 
-    def __init__(self, model: nn.Module, ledger: Ledger | None, on_step: Callable[[Step], None] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        ledger: Ledger | None,
+        on_step: Callable[[Step], None] | None = None,
+        written: Mapping[int, set[int]] | None = None,
+    ) -> None:
         super().__init__()
         self.labelling = ledger is not None
         self.ledger = ledger if ledger is not None else Ledger()
@@ -94,12 +119,19 @@ class Watch(TorchDispatchMode):
         self.used: set[str] = set()
         self.visited: set[str] = set()
         self._paths = {id(m): n for n, m in model.named_modules()}
+        self.sites: list[Site] = []
+        self._site = -1
+        self._counter = Counter()
         self._stack: list[str] = [""]
         self._tracked: dict[int, _Tracked] = {}
         self._by_storage: dict[int, list[_Tracked]] = {}
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
         self._live_bytes = 0
         self._noted: list[Tensor] = []
+        self._written = written or {}
+        self.written: dict[int, set[int]] = {}
+        self._blanks: list[StorageWeakRef] = []
+        self._blank_at: dict[int, int] = {}
         self._counted: set[str] = set()
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             tracked = _Tracked(name, tensor)
@@ -111,7 +143,7 @@ class Watch(TorchDispatchMode):
     @contextmanager
     def watching(self, inputs: Sequence[Tensor]) -> Iterator[None]:
         """Watch what runs inside, with ``inputs`` as the network's inputs."""
-        self._stack = [""]
+        self._stack, self._counter = [""], Counter()
         for t in inputs:
             if id(t) not in self._tracked:
                 setattr(t, _ATTRIBUTE, Note(self, (), None, "the network's input"))
@@ -121,7 +153,7 @@ class Watch(TorchDispatchMode):
         before = nn.modules.module.register_module_forward_pre_hook(self._enter)
         after = nn.modules.module.register_module_forward_hook(self._leave, always_call=True)
         try:
-            with self:
+            with Sites(self._at_site, self._off_site), self:
                 yield
         finally:
             before.remove()
@@ -132,21 +164,31 @@ class Watch(TorchDispatchMode):
             self._noted.clear()
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        path = self._paths.get(id(module), self._stack[-1])
+        path = self._counter.enter(self._paths.get(id(module)))
         self.visited.add(path)
         self._stack.append(path)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._counter.leave()
         if len(self._stack) > 1:
             self._stack.pop()
 
+    def _at_site(self, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        self._site = len(self.sites)
+        self.sites.append(self._counter.count(name, args, kwargs))
+        return args, kwargs
+
+    def _off_site(self) -> None:
+        self._site = -1
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        before = (tuple(args[0].shape), args[0].stride()) if args and isinstance(args[0], Tensor) and func._schema.is_mutable else ()
         out = func(*args, **kwargs)
-        self._after(func, args, kwargs, out)
+        self._after(func, args, kwargs, out, before)
         return out
 
-    def _after(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    def _after(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any, before: tuple[tuple[int, ...], ...]) -> None:
         from gossamer.trace._rules import rule_of
 
         name, rule, inplace = rule_of(func)
@@ -154,7 +196,7 @@ class Watch(TorchDispatchMode):
         if kwargs:
             tensors += _tensors(tuple(kwargs.values()))
         outputs = list(_tensors((out,)))
-        call = Call(name, func, args, kwargs, tensors, outputs, self._stack[-1], self._weight(tensors))
+        call = Call(name, func, args, kwargs, tensors, outputs, self._stack[-1], self._weight(tensors), before)
         if not inplace:
             self._account(call)
         contraction = contraction_cost(call)
@@ -164,12 +206,18 @@ class Watch(TorchDispatchMode):
             if call.weight is not None and not inplace:
                 self._note(call, [()] * len(outputs))
             return
+        if inplace and self._blank_at:
+            self._write(call)
+        self._use(call)
         planes = rule(self, call)
         if not inplace:
             self._note(call, planes)
         if self.on_step is not None:
             inputs = tuple(p for t in tensors for p in self.planes(t)) if any(planes) or any(map(self.planes, tensors)) else ()
-            self.on_step(Step(name, call.path, inputs, tuple(planes), tuple(tuple(t.shape) for t in outputs)))
+            numbers = tuple(None if isinstance(a, Tensor) else a for a in args) if name in _SIZED else ()
+            count = 1 if name in _SIDE_RESULTS or name.startswith("_scaled_dot_product") else len(outputs)
+            shapes = tuple(tuple(t.shape) for t in outputs[:count])
+            self.on_step(Step(name, call.path, inputs, tuple(planes[:count]), shapes, scalars_of(args, kwargs), numbers, self._site))
 
     def _note(self, call: Call, planes: Sequence[Planes]) -> None:
         what = f"the result of {call.op}" if call.tensors else f"a tensor made by {call.op}"
@@ -178,7 +226,25 @@ class Watch(TorchDispatchMode):
                 kept = tuple(q for q in p if q.numel() > 1)
                 if not kept and len(call.tensors) and not call.weight:
                     what = self._what(call)
-                setattr(t, _ATTRIBUTE, Note(self, kept, call.weight, what))
+                setattr(t, _ATTRIBUTE, Note(self, kept, call.weight, what, call.blurs))
+
+    def _use(self, call: Call) -> None:
+        """A tensor that is reduced over channels blurs them where it is computed with, but not where Python only looks at its value."""
+        for t in call.tensors:
+            note = self.note(t)
+            if note is not None and note.blurs:
+                if all(o.dtype == torch.bool for o in call.outputs):
+                    call.blurs += note.blurs
+                else:
+                    self.blur_used(t)
+
+    def blur_used(self, tensor: Tensor) -> None:
+        """A tensor's value matters: what it was reduced over is inexact."""
+        note = self.note(tensor)
+        if note is not None:
+            for plane, reason in note.blurs:
+                self.ledger.blur(plane, reason)
+            note.blurs = ()
 
     def _what(self, call: Call) -> str:
         """An unlabelled result is called after the unlabelled tensor it came from."""
@@ -216,7 +282,8 @@ class Watch(TorchDispatchMode):
         """A tensor as an operand of `join`."""
         note = self.note(tensor)
         if note is not None:
-            return Operand(tuple(tensor.shape), note.planes, note.what)
+            shape = tuple(1 if step == 0 else n for n, step in zip(tensor.shape, tensor.stride(), strict=True))  # expanded: as broadcast
+            return Operand(shape, note.planes, note.what)
         return Operand(tuple(tensor.shape), self.planes(tensor), "a tensor that is neither parameter nor buffer")
 
     def labels_of(self, tracked: _Tracked, dim: int) -> Tensor:
@@ -225,6 +292,28 @@ class Watch(TorchDispatchMode):
             tracked.labels[dim] = self.ledger.fresh(tracked.name, dim, tracked.tensor.shape[dim])
             tracked.planes = None
         return tracked.labels[dim]
+
+    def blank(self, tensor: Tensor) -> Iterator[Tensor]:
+        """Planes of a tensor that Python made: labels that belong to no parameter, along the dimensions that ``written`` names for it."""
+        number = len(self._blanks)
+        storage = tensor.untyped_storage()
+        self._blanks.append(StorageWeakRef(storage))
+        self._blank_at[storage._cdata] = number
+        for d in self._written.get(number, ()):
+            if d < tensor.dim() and tensor.shape[d] > 1:
+                view = [1] * tensor.dim()
+                view[d] = tensor.shape[d]
+                yield self.ledger.fresh("", d, tensor.shape[d]).reshape(view)
+
+    def _write(self, call: Call) -> None:
+        """Take note where labelled channels are written into an unlabelled tensor that Python made."""
+        target = call.tensors[0]
+        number = self._blank_at.get(target.untyped_storage()._cdata)
+        if number is None or self._blanks[number].expired() or self.planes(target):
+            return
+        dims = {target.dim() - p.dim() + d for t in call.tensors[1:] for p in self.planes(t) for d in varies(p)}
+        if dims:
+            self.written.setdefault(number, set()).update(dims)
 
     def blocks_of(self, tracked: _Tracked, dim: int, blocks: int) -> Tensor | None:
         """Labels of a dimension that mean other channels in each block of dimension 0; None where it was already labelled otherwise."""
@@ -308,6 +397,14 @@ class Watch(TorchDispatchMode):
         if key not in self._live and key not in self._by_storage:
             self._live[key] = (StorageWeakRef(storage), storage.nbytes())
             self._live_bytes += storage.nbytes()
+
+
+_SIZED = {"slice", "split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes"}
+
+
+def scalars_of(args: Any, kwargs: dict[str, Any]) -> tuple[float, ...]:
+    """The real numbers among an operation's arguments."""
+    return tuple(a for a in (*args, *kwargs.values()) if isinstance(a, float))
 
 
 _SIDE_RESULTS = {"native_batch_norm", "native_layer_norm", "native_group_norm", "max_pool2d_with_indices", "max_pool3d_with_indices"}

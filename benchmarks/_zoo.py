@@ -1,0 +1,230 @@
+"""One network of a zoo: built, pruned by half, and checked; and the table of many such results."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import resource
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+SUITES = ("torchvision", "segmentation", "detection", "video", "timm")
+SECOND_SIZE = 2  # batch of the second run
+
+
+def names(suite: str) -> list[str]:
+    """Networks of a suite; of timm the smallest of every family and every architecture of at most 12 million parameters that is quick to build."""
+    models = torchvision.models
+    match suite:
+        case "torchvision":
+            return models.list_models(module=models)
+        case "segmentation":
+            return models.list_models(module=models.segmentation)
+        case "video":
+            return models.list_models(module=models.video)
+        case "detection":
+            return models.list_models(module=models.detection)
+        case _:
+            return timm_names()
+
+
+def timm_names() -> list[str]:
+    """Registered architectures of timm: of every module those whose name says they are small, and one of every other stem."""
+    import timm
+
+    small = (
+        "nano",
+        "pico",
+        "femto",
+        "atto",
+        "tiny",
+        "small",
+        "mini",
+        "xx",
+        "_xs",
+        "_s",
+        "_t",
+        "lite",
+        "050",
+        "035",
+        "b0",
+        "18",
+        "26",
+        "50",
+    )
+    out = []
+    for module in timm.list_modules():
+        known = timm.list_models(module=module)
+        first = sorted(known, key=lambda n: (not any(s in n for s in small), len(n), n))
+        out += first[:1]
+        out += [n for n in known if n not in first[:1] and any(s in n for s in small)]
+    return list(dict.fromkeys(out))
+
+
+def build(suite: str, name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """A network with random weights, and inputs of its own size."""
+    torch.manual_seed(0)
+    if suite == "timm":
+        import timm
+
+        net = timm.create_model(name, pretrained=False)
+        size = net.default_cfg.get("test_input_size") if net.default_cfg.get("fixed_input_size") is None else None
+        channels, *space = size or net.default_cfg["input_size"]
+        return net.eval(), (torch.randn(1, channels, *space),)
+    options: dict[str, Any] = {"weights": None}
+    if suite == "segmentation" or suite == "detection":
+        options["weights_backbone"] = None
+    if name in ("googlenet", "inception_v3"):
+        options["init_weights"] = True
+    if suite == "detection":
+        net = torchvision.models.get_model(name, **options).backbone
+        return net.eval(), (torch.randn(1, 3, 320, 320),)
+    net = torchvision.models.get_model(name, **options)
+    if suite == "video":
+        frames = 16
+        size = {"mvit_v1_b": 224, "mvit_v2_s": 224, "swin3d_t": 224, "swin3d_s": 224, "swin3d_b": 224, "s3d": 224}.get(name, 112)
+        return net.eval(), (torch.randn(1, 3, frames, size, size),)
+    size = {"inception_v3": 299}.get(name, 224)
+    return net.eval(), (torch.randn(1, 3, size, size),)
+
+
+def enliven(net: nn.Module) -> nn.Module:
+    """Give every constant parameter and every batch norm's statistics values that differ, so that nothing is equal by chance."""
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.numel() > 1 and p.is_floating_point() and bool((p == p.flatten()[0]).all()):
+                p.add_(torch.randn_like(p) * 0.1)
+        for m in net.modules():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None:
+                m.running_mean.normal_(0, 0.1)
+                m.running_var.uniform_(0.5, 1.5)
+    return net
+
+
+def clock(work: Callable[[], Any]) -> tuple[Any, float]:
+    """What it gives and how many seconds it took."""
+    started = time.perf_counter()
+    out = work()
+    return out, time.perf_counter() - started
+
+
+def peak_mb() -> float:
+    """Largest resident memory so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def runs(net: nn.Module, inputs: tuple[Tensor, ...], *, training: bool) -> str:
+    """Empty where a network runs in a mode, else the error."""
+    net.train(training)
+    try:
+        with torch.no_grad():
+            net(*(t.repeat(SECOND_SIZE, *[1] * (t.dim() - 1)) for t in inputs))
+    except Exception as e:
+        return f"{'train' if training else 'eval'} mode: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+    return ""
+
+
+def with_gossamer(net: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Any]:
+    """Half the channels, no configuration."""
+    import gossamer as gs
+    from gossamer.trace import trace
+
+    traced, trace_s = clock(lambda: trace(net, inputs))
+    result, prune_s = clock(lambda: gs.prune(net, inputs, ratio=0.5))
+    proof = result.proof
+    reasons: dict[str, int] = {}
+    for g in traced.channels.frozen:
+        reasons[g.frozen or ""] = reasons.get(g.frozen or "", 0) + 1
+    return {
+        "trace_s": trace_s,
+        "prune_s": prune_s,
+        "groups": len(traced.channels.groups),
+        "frozen": reasons,
+        "inexact": len(proof.inexact),
+        "proof": proof.difference,
+        "notes": list(result.notes),
+        "macs_before": result.before.macs,
+        "macs_after": result.after.macs,
+        "params_before": result.before.params,
+        "params_after": result.after.params,
+        "error": runs(result.model, inputs, training=False) or runs(result.model, inputs, training=True),
+    }
+
+
+def with_torch_pruning(net: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Any]:
+    """The same with torch-pruning, which needs to be told which layer is the last."""
+    import torch_pruning as tp
+
+    from gossamer.trace import costs
+
+    classes = [m for m in net.modules() if isinstance(m, nn.Linear | nn.Conv2d) and 1000 in (m.weight.shape[0],)]
+    target = copy.deepcopy(net)
+    pairs = dict(zip(net.modules(), target.modules(), strict=True))
+
+    def work() -> None:
+        pruner = tp.pruner.MagnitudePruner(
+            target, inputs, importance=tp.importance.MagnitudeImportance(p=2), pruning_ratio=0.5, ignored_layers=[pairs[m] for m in classes]
+        )
+        pruner.step()
+
+    before = costs(net, inputs)
+    _, prune_s = clock(work)
+    after = costs(target.eval(), inputs)
+    return {
+        "prune_s": prune_s,
+        "macs_before": before.macs,
+        "macs_after": after.macs,
+        "params_before": before.params,
+        "params_after": after.params,
+        "error": runs(target, inputs, training=False) or runs(target, inputs, training=True),
+    }
+
+
+def main(suite: str, name: str, tool: str) -> None:
+    """One network; a line of JSON."""
+    torch.set_num_threads(1)
+    out: dict[str, Any] = {"suite": suite, "name": name, "tool": tool}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net, inputs = build(suite, name)
+        enliven(net)
+        start = peak_mb()
+        with torch.no_grad():
+            times = [clock(lambda: net(*inputs))[1] for _ in range(3)]
+        forward_mb = peak_mb() - start
+        refused = runs(copy.deepcopy(net), inputs, training=True)
+        out |= {"forward_s": statistics.median(times), "forward_mb": forward_mb}
+        try:
+            out |= (with_gossamer if tool == "gossamer" else with_torch_pruning)(net, inputs)
+            if out["error"] and refused:  # the original does not train on this input either
+                out["error"] = ""
+            out["status"] = "works" if not out["error"] else "fails"
+        except Exception as e:
+            out |= {"status": "fails", "error": f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"[:300]}
+            with contextlib.suppress(Exception):
+                from gossamer.trace import trace
+
+                if tool == "gossamer":
+                    out["frozen"] = {}
+                    for g in trace(net, inputs).channels.frozen:
+                        out["frozen"][g.frozen or ""] = out["frozen"].get(g.frozen or "", 0) + 1
+        out["peak_mb"] = peak_mb() - start
+    print(json.dumps(out))
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    return ""
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,16 @@
+"""What lets a module run at sizes its code does not foresee: rescaled numbers in calls, and an attention without tied sizes."""
+
+from gossamer.adapters.attention import FreeMultiheadAttention, adapt_attention, free_attention, original_attention
+from gossamer.adapters.numbers import NUMBERED, numbers_in, with_numbers
+from gossamer.adapters.rescaling import rescale_calls
+
+__all__ = [
+    "NUMBERED",
+    "FreeMultiheadAttention",
+    "adapt_attention",
+    "free_attention",
+    "numbers_in",
+    "original_attention",
+    "rescale_calls",
+    "with_numbers",
+]

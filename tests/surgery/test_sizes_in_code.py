@@ -1,0 +1,237 @@
+"""Networks whose code holds sizes of its own are cut all the same, run at other batch sizes, in train mode, reloaded and exported."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import gossamer as gs
+from gossamer.plan import AdaptAttention, Plan, RescaleCall, SetAttribute
+from gossamer.surgery import cut
+from gossamer.trace import trace
+
+
+class Attention(nn.Module):
+    """Head count and size from the constructor, in a reshape, a scale and a view with the batch multiplied in."""
+
+    def __init__(self, dim=32, heads=4, style="attribute"):
+        super().__init__()
+        self.num_heads, self.style, self.width = heads, style, dim
+        self.norm, self.qkv, self.proj = nn.LayerNorm(dim), nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x):
+        b, n, c = x.shape
+        y = self.norm(x)
+        if self.style == "attribute":
+            q, k, v = self.qkv(y).reshape(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+            return x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        if self.style == "numbers":
+            q, k, v = self.qkv(y).view(b, n, 3, 4, 8).permute(2, 0, 3, 1, 4)
+            attn = (q @ k.transpose(-2, -1) / math.sqrt(c // 4)).softmax(-1)
+            return x + self.proj((attn @ v).transpose(1, 2).reshape(b, n, 32))
+        if self.style == "batch":
+            q, k, v = self.qkv(y).split(32, dim=-1)
+            q, k, v = (t.view(b, n, 4, c // 4).transpose(1, 2).reshape(b * 4, n, c // 4) for t in (q, k, v))
+            out = torch.bmm((torch.bmm(q, k.transpose(1, 2)) * (c // 4) ** -0.5).softmax(-1), v)
+            return x + self.proj(out.view(b, 4, n, -1).transpose(1, 2).reshape(b, n, -1))
+        q, k, v = self.qkv(y).chunk(3, -1)  # slices at fixed positions
+        out = [self._head(q[..., 8 * i : 8 * i + 8], k[..., 8 * i : 8 * i + 8], v[..., 8 * i : 8 * i + 8]) for i in range(4)]
+        return x + self.proj(torch.cat(out, -1))
+
+    def _head(self, q, k, v):
+        return (q @ k.transpose(-2, -1) * 8**-0.5).softmax(-1) @ v
+
+
+class Net(nn.Module):
+    def __init__(self, style):
+        super().__init__()
+        self.embed, self.attention, self.again = nn.Linear(6, 32), Attention(style=style), Attention(style=style)
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, x):
+        return self.head(self.again(self.attention(self.embed(x))).mean(1))
+
+
+def expected_when_heads_go(net: nn.Module, x: torch.Tensor, gone: dict[str, list[int]]) -> torch.Tensor:
+    """The original, with the columns of the projection that read a removed head set to zero."""
+    import copy
+
+    zeroed = copy.deepcopy(net)
+    with torch.no_grad():
+        for name, heads in gone.items():
+            for h in heads:
+                zeroed.get_submodule(name).proj.weight[:, 8 * h : 8 * h + 8] = 0
+        return zeroed(x)
+
+
+@pytest.mark.parametrize("style", ["attribute", "numbers", "batch"])
+def test_heads_leave_an_attention_that_counts_them_itself(style):
+    torch.manual_seed(0)
+    net, inputs = Net(style).eval(), (torch.randn(2, 5, 6),)
+    traced = trace(net, inputs)
+    removed = torch.zeros(traced.channels.num_classes, dtype=torch.bool)
+    heads = {g.name: g for g in traced.channels.groups if g.width == 24}
+    assert set(heads) == {"attention.qkv", "again.qkv"}
+    removed[heads["attention.qkv"].classes[[1, 3]]] = True
+    removed[heads["again.qkv"].classes[[0]]] = True
+    made = cut(net, traced, removed)
+    assert made.proof.holds
+    assert not made.notes
+    assert made.model.attention.qkv.out_features == 48
+    assert made.model.again.proj.in_features == 24
+    for batch in (1, 2, 7):
+        x = torch.randn(batch, 5, 6)
+        torch.testing.assert_close(made.model(x), expected_when_heads_go(net, x, {"attention": [1, 3], "again": [0]}), rtol=1e-4, atol=1e-5)
+    made.model.train()(torch.randn(3, 5, 6)).sum().backward()
+
+
+def test_slices_at_fixed_positions_follow_what_is_left_of_each():
+    torch.manual_seed(0)
+    net, inputs = Net("slices").eval(), (torch.randn(2, 5, 6),)
+    result = gs.prune(net, inputs, ratio=0.5)
+    assert result.proof.holds or result.proof.inexact
+    assert result.model.attention.qkv.out_features < 96
+    assert any(isinstance(e, RescaleCall) and e.call == "__getitem__" for e in result.plan)
+    result.model(torch.randn(7, 5, 6))
+
+
+def test_an_attribute_is_preferred_to_a_number_in_a_call():
+    net, inputs = Net("attribute").eval(), (torch.randn(2, 5, 6),)
+    result = gs.prune(net, inputs, ratio=0.5, scope="layer")
+    assert {(e.module, e.name, e.value) for e in result.plan if isinstance(e, SetAttribute) and "heads" in e.name} == {
+        ("attention", "num_heads", 2),
+        ("again", "num_heads", 2),
+    }
+    assert not [e for e in result.plan if isinstance(e, RescaleCall)]
+
+
+def test_the_width_goes_too_and_the_scale_stays():
+    net, inputs = Net("numbers").eval(), (torch.randn(2, 5, 6),)
+    result = gs.prune(net, inputs, ratio=0.5, scope="layer")
+    assert result.model.embed.out_features == 16
+    scales = [e for e in result.plan if isinstance(e, RescaleCall) and e.call in ("div", "__truediv__", "true_divide")]
+    assert len(scales) == 2  # the width is read off the input, and is no longer four times the head size
+    assert scales[0].ratios[0][1] == pytest.approx(math.sqrt(8))
+
+
+def test_a_network_with_rescaled_calls_reloads_bit_for_bit_and_exports(tmp_path):
+    torch.manual_seed(0)
+    net, inputs = Net("batch").eval(), (torch.randn(2, 5, 6),)
+    result = gs.prune(net, inputs, ratio=0.5, scope="layer")
+    assert any(isinstance(e, RescaleCall) for e in result.plan)
+    assert Plan.model_validate_json(result.plan.model_dump_json()) == result.plan
+    assert "rescale" in str(result.plan)
+    folder = result.save(tmp_path / "run")
+    again = gs.load(folder, model=Net("batch"))
+    assert torch.equal(again.eval()(*inputs), result.model.eval()(*inputs))
+    exported = gs.export(result, tmp_path / "net.onnx")
+    assert exported is not None
+
+
+def test_pruning_twice_composes():
+    torch.manual_seed(0)
+    net, inputs = Net("batch").eval(), (torch.randn(2, 5, 6),)
+    once = gs.prune(net, inputs, ratio=0.25, scope="layer")
+    twice = gs.prune(once.model, inputs, ratio=0.4, scope="layer")
+    assert twice.proof.holds
+    assert twice.model.attention.qkv.out_features < once.model.attention.qkv.out_features < 96
+    twice.model(torch.randn(5, 5, 6))
+    loaded = (once.plan + twice.plan).apply(net)
+    loaded.load_state_dict(twice.model.state_dict())
+    assert torch.equal(loaded(*inputs), twice.model(*inputs))
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("kind", ["self", "cross"])
+def test_heads_leave_torchs_own_attention(batch_first, kind):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.m = nn.Linear(6, 16), nn.Linear(5, 12)
+            self.attention = nn.MultiheadAttention(16, 4, batch_first=batch_first, **({"kdim": 12, "vdim": 12} if kind == "cross" else {}))
+            self.head = nn.Linear(16, 3)
+
+        def forward(self, x, memory):
+            x, memory = self.a(x), self.m(memory)
+            out, _ = self.attention(x, memory, memory) if kind == "cross" else self.attention(x, x, x)
+            return self.head(out + x)
+
+    torch.manual_seed(0)
+    net, inputs = Block().eval(), (torch.randn(2, 5, 6), torch.randn(2, 5, 5))
+    result = gs.prune(net, inputs, ratio=0.5, scope="layer")
+    assert result.proof.holds
+    assert [e.module for e in result.plan if isinstance(e, AdaptAttention)] == ["attention"]
+    assert result.model.attention.num_heads == 2
+    assert result.model.attention.out_proj.in_features == 8
+    result.model.train()(torch.randn(3, 4, 6), torch.randn(3, 4, 5))
+
+
+def test_an_encoder_layer_does_not_take_the_fused_path_once_heads_are_gone():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    net = nn.Sequential(nn.Linear(6, 16), nn.TransformerEncoder(layer, 2), nn.Linear(16, 3)).eval()
+    inputs = (torch.randn(2, 5, 6),)
+    result = gs.prune(net, inputs, ratio=0.5, scope="layer")
+    assert result.model[1].layers[0].self_attn.in_proj_weight.shape == (24, 8)
+    with torch.no_grad():  # gradients off and eval mode: where the fused path would be taken
+        off = result.model(*inputs)
+    on = result.model(*inputs)
+    torch.testing.assert_close(off, on, rtol=1e-5, atol=1e-6)
+
+
+def test_lookups_kept_between_passes_follow_the_cut():
+    class Cached(nn.Module):
+        """Keeps its bias table for eval mode, as levit does."""
+
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.proj, self.heads = nn.Linear(16, 48), nn.Linear(16, 3), 4
+            self.table, self.kept = nn.Parameter(torch.randn(4, 9)), None
+            self.register_buffer("index", torch.randint(0, 9, (5, 5)))
+
+        def train(self, mode=True):
+            super().train(mode)
+            if mode:
+                self.kept = None
+            return self
+
+        def forward(self, x):
+            if self.training or self.kept is None:
+                self.kept = self.table[:, self.index]
+            q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            return self.proj(F.scaled_dot_product_attention(q, k, v, self.kept).transpose(1, 2).flatten(2))
+
+    torch.manual_seed(0)
+    net = Cached().eval()
+    inputs = (torch.randn(2, 5, 16),)
+    with torch.no_grad():
+        net(*inputs)
+    result = gs.prune(net, inputs, ratio=0.5)
+    assert result.proof.holds
+    assert result.model.table.shape == (2, 9)
+    result.model.eval()(*inputs)
+
+
+def test_a_buffer_filled_part_by_part():
+    class Filled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 16, 1), nn.Conv2d(24, 4, 1)
+
+        def forward(self, x):
+            y = x.new_zeros(x.shape[0], 24, *x.shape[2:])
+            y[:, :8] = self.a(x)
+            y[:, 8:] = self.b(x)
+            return self.c(y)
+
+    torch.manual_seed(0)
+    net, inputs = Filled().eval(), (torch.randn(2, 3, 4, 4),)
+    result = gs.prune(net, inputs, ratio=0.5, scope="layer")
+    assert result.proof.holds
+    assert result.proof.difference < 1e-6
+    assert (result.model.a.out_channels, result.model.b.out_channels, result.model.c.in_channels) == (4, 8, 12)
+    result.model(torch.randn(5, 3, 6, 6))
