@@ -239,12 +239,15 @@ def apply_structure(model: nn.Module, edits: Sequence[_Edit], *, copied: bool = 
     """Apply the edits that change a network's structure to a copy of ``model``, and return the copy; ``copied`` says it already is one."""
     from gossamer.adapters import adapt_attention, rescale_calls
 
-    model = model if copied else copy.deepcopy(model)
-    homes = _homes(model)
+    if not copied:  # tensors are cut on the way into the copy, so that no whole copy is ever held
+        first = next((i for i, e in enumerate(edits) if not isinstance(e, Keep)), len(edits))
+        model = copy.deepcopy(model, _cut_tensors(model, [e for e in edits[:first] if isinstance(e, Keep)]))
+        edits = edits[first:]
     for edit in edits:
         match edit:
             case Keep():
-                _keep(model, homes, edit)
+                for tensor, new in _cut_tensors(model, [edit], by_id=False):
+                    _put(model, tensor, new)
             case SetAttribute():
                 module = _module(model, edit.module)
                 if not hasattr(module, edit.name):
@@ -275,42 +278,46 @@ def _module(model: nn.Module, name: str) -> nn.Module:
         raise PlanError(f"the network has no module {name!r}{near(name, (n for n, _ in model.named_modules()))}") from None
 
 
-def _homes(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Every place that holds a tensor, by the tensor's identity: a tied parameter has several."""
-    homes: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for store in (module._parameters, module._buffers):
-            for name, tensor in store.items():
-                if tensor is not None:
-                    homes.setdefault(id(tensor), []).append((module, name))
-    return homes
+def _cut_tensors(model: nn.Module, edits: Sequence[Keep], *, by_id: bool = True) -> Any:
+    """The cut tensors: as a memo for `copy.deepcopy`, or as pairs of old and new."""
+    old: dict[str, torch.Tensor] = {}
+    new: dict[int, torch.Tensor] = {}
+    for edit in edits:
+        tensor = old.setdefault(edit.tensor, _tensor(model, edit.tensor))
+        with torch.no_grad():
+            new[id(tensor)] = _keep(new.get(id(tensor), tensor.detach()), edit)
+    for tensor in old.values():
+        if isinstance(tensor, nn.Parameter):
+            new[id(tensor)] = nn.Parameter(new[id(tensor)], requires_grad=tensor.requires_grad)
+    return dict(new) if by_id else [(t, new[id(t)]) for t in old.values()]
 
 
-def _keep(model: nn.Module, homes: dict[int, list[tuple[nn.Module, str]]], edit: Keep) -> None:
-    path, _, leaf = edit.tensor.rpartition(".")
+def _tensor(model: nn.Module, name: str) -> torch.Tensor:
+    path, _, leaf = name.rpartition(".")
     module = _module(model, path)
-    old: torch.Tensor | None = module._parameters.get(leaf)
-    old = module._buffers.get(leaf) if old is None else old
-    if old is None:
+    found: torch.Tensor | None = module._parameters.get(leaf)
+    found = module._buffers.get(leaf) if found is None else found
+    if found is None:
         names = [n for n, _ in model.named_parameters()] + [n for n, _ in model.named_buffers()]
-        raise PlanError(f"the network has no tensor {edit.tensor!r}{near(edit.tensor, names)}")
+        raise PlanError(f"the network has no tensor {name!r}{near(name, names)}")
+    return found
+
+
+def _keep(old: torch.Tensor, edit: Keep) -> torch.Tensor:
     index = torch.tensor(edit.index, dtype=torch.long, device=old.device)
     blocks = index.shape[0] if index.dim() == 2 else 1
     if edit.dim >= old.dim() or (index.numel() and int(index.max()) >= old.shape[edit.dim]) or old.shape[0] % blocks:
         raise PlanError(f"{edit.tensor} has shape {tuple(old.shape)}, which edit keep dim {edit.dim} {tuple(index.shape)} does not fit")
-    with torch.no_grad():
-        if index.dim() == 1:
-            new = old.index_select(edit.dim, index)
-        else:
-            parts = old.unflatten(0, (blocks, old.shape[0] // blocks))
-            new = torch.stack([p.index_select(edit.dim, i) for p, i in zip(parts, index, strict=True)]).flatten(0, 1)
-        new = new.contiguous()
-    if isinstance(old, nn.Parameter):
-        new = nn.Parameter(new, requires_grad=old.requires_grad)
-    places = homes.pop(id(old))
-    for owner, name in places:
-        if isinstance(new, nn.Parameter):
-            owner._parameters[name] = new
-        else:
-            owner._buffers[name] = new
-    homes[id(new)] = places
+    if index.dim() == 1:
+        return old.index_select(edit.dim, index).contiguous()
+    parts = old.unflatten(0, (blocks, old.shape[0] // blocks))
+    return torch.stack([p.index_select(edit.dim, i) for p, i in zip(parts, index, strict=True)]).flatten(0, 1).contiguous()
+
+
+def _put(model: nn.Module, old: torch.Tensor, new: torch.Tensor) -> None:
+    """Replace a tensor wherever it is held: a tied parameter has several places."""
+    for module in model.modules():
+        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for store in stores:
+            for name in [n for n, tensor in store.items() if tensor is old]:
+                store[name] = new

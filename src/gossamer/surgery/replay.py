@@ -12,9 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gossamer.adapters import free_attention
 from gossamer.sources.batches import call
 from gossamer.surgery.prediction import Prediction, Shape
-from gossamer.trace import Step, Trace, plain_forward, rule_of, scalars_of
+from gossamer.trace import Sites, Step, Trace, plain_forward, rule_of, scalars_of
 
 _COPIES = frozenset(["clone", "contiguous", "detach", "alias", "lift_fresh", "_to_copy"])
+_OPAQUE = frozenset(["einsum", "tensordot", "matmul", "__matmul__", "__rmatmul__"])
 _ALIASES = {"_unsafe_view": "view", "_reshape_alias": "view", "reshape": "view"}
 
 
@@ -30,12 +31,45 @@ class _Check(TorchDispatchMode):
         self.steps, self.predict = traced.steps, predict
         self.at = 0
         self.what = ""
+        self._site = -1
+        self._inside: list[Shape] | None = None
+        self._result: tuple[int, Shape] | None = None
+
+    def at_site(self, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """A numbered call begins; of a contraction only the result counts, because what it is made of depends on which sizes are 1."""
+        self._site += 1
+        self._inside = [] if name in _OPAQUE and self._inside is None else self._inside
+        return args, kwargs
+
+    def off_site(self) -> None:
+        """It ends."""
+        if self._inside is None:
+            return
+        made, self._inside = self._inside, None
+        steps = [i for i in range(self.at, len(self.steps)) if self.steps[i].site == self._site]
+        if not steps or not made:
+            return
+        self._result = steps[-1], made[-1]
+        self.at = steps[-1] + 1
+
+    def finish(self) -> None:
+        """Compare what the last contraction gave; later, because computing here would be watched too."""
+        if self._result is None:
+            return
+        (at, shape), self._result = self._result, None
+        predicted = self.predict.shapes(self.steps[at])[0]
+        if predicted not in (None, shape):
+            self.at = at
+            self._stop(f"gives shape {shape} where {predicted} was expected")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self.finish()
         out = func(*args, **kwargs)
         name = rule_of(func)[0]
-        if name not in _COPIES:  # whether a reshape has to copy depends on how many heads are left, for example
+        if self._inside is not None:
+            self._inside += [tuple(t.shape) for t in _tensors(out)]
+        elif name not in _COPIES:  # whether a reshape has to copy depends on how many heads are left, for example
             shapes = [tuple(t.shape) for t in _tensors(out)]
             if shapes:
                 while self.at < len(self.steps) and self.steps[self.at].op in _COPIES:
@@ -86,8 +120,9 @@ def first_divergence(model: nn.Module, traced: Trace, removed: Tensor) -> tuple[
     check = _Check(traced, Prediction(traced, removed))
     with plain_forward(model), free_attention(model):
         try:
-            with check:
+            with Sites(check.at_site, check.off_site), check:
                 call(model, traced.example_inputs)
+            check.finish()
         except _Diverged:
             return check.at, check.what
         except Exception as e:
