@@ -98,6 +98,11 @@ def choose(
     return _mask(fams, _refill(fams, gone, cost, target), cost.num_classes)
 
 
+def everything(fams: Sequence[Family], num_classes: int) -> Tensor:
+    """Every class that may go: bool mask of shape ``(num_classes,)``."""
+    return _mask(fams, [int(f.steps[-1]) for f in fams], num_classes)
+
+
 def _mask(fams: Sequence[Family], gone: Sequence[int], num_classes: int) -> Tensor:
     removed = torch.zeros(num_classes, dtype=torch.bool)
     for f, n in zip(fams, gone, strict=True):

@@ -133,6 +133,16 @@ class CostModel:
         return torch.from_numpy((table.labels.T @ each) * ~removed.numpy())
 
 
+def layer_terms(channels: ChannelMap, profile: Profile, shapes: Mapping[str, tuple[int, ...]]) -> dict[int, Term]:
+    """The weight of each layer that can shrink, by its place in ``profile.layers``."""
+    by_tensor = _axes_by_tensor(channels)
+    found = {}
+    for i, layer in enumerate(profile.layers):
+        if layer.weight in by_tensor:
+            found[i] = Term(tuple(shapes[str(layer.weight)]), by_tensor[str(layer.weight)], 1.0)
+    return found
+
+
 def mac_costs(channels: ChannelMap, profile: Profile, shapes: Mapping[str, tuple[int, ...]]) -> CostModel:
     """MACs of every weight that carries labels; contractions without a weight count as constant.
 

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gossamer.errors import NothingToDo, SelectorError, UsageError, WeightsError, near
+from gossamer.errors import BudgetError, NothingToDo, SelectorError, UsageError, WeightsError, near
 from gossamer.plan import Plan, StructureEdit, input_specs
-from gossamer.pruning.allocation import choose, families
+from gossamer.pruning.allocation import Family, choose, everything, families
 from gossamer.pruning.batchnorm import reestimate_batch_norm
 from gossamer.pruning.compensation import compensate as fold_back
 from gossamer.pruning.costs import CostModel, channel_costs, mac_costs, parameter_costs
 from gossamer.pruning.importance import Importance, importance_scores
+from gossamer.pruning.latency import STEP, LatencyModel, fraction, latency_costs, measured
 from gossamer.result import Profile, Result
 from gossamer.sources.batches import check_inputs
 from gossamer.surgery import Cut, cut
@@ -32,6 +33,7 @@ def prune(
     ratio: float | None = None,
     macs: float | None = None,
     params: float | None = None,
+    latency: float | str | None = None,
     importance: Importance = "l2",
     calibration: Iterable[Any] | None = None,
     compensate: bool = True,
@@ -40,6 +42,7 @@ def prune(
     round_to: int = 1,
     scope: str = "global",
     floor: float = 0.1,
+    threads: int = 1,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Result:
@@ -56,15 +59,19 @@ def prune(
         example_inputs: a tuple of positional inputs, or a dict of keyword inputs.
         ratio: fraction of the channels to remove, in (0, 1).
         macs: fraction of the multiply-adds to keep, in (0, 1).
-        params: fraction of the parameters to keep, in (0, 1). Exactly one of the three is given.
-        importance: ``"l1"``, ``"l2"``, ``"taylor"`` (needs calibration), ``"random"``, or a callable ``(model, channels) -> scores``.
+        params: fraction of the parameters to keep, in (0, 1).
+        latency: fraction of the original's latency in ONNX Runtime to keep, in (0, 1), or milliseconds (``"5ms"``). Every layer is timed at
+            several widths first, and the pruned network itself at the end, beside the original. Exactly one of the four is given.
+        importance: ``"l1"``, ``"l2"``, ``"bn_scale"``, ``"fpgm"``, ``"random"``; ``"taylor"``, ``"fisher"``, ``"activation"`` (these need
+            calibration); or a callable ``(model, channels) -> scores``. See `gossamer.pruning.importance_scores`.
         calibration: batches; 100 samples do. Without them neither compensation nor re-estimation takes place, which a note says.
         compensate: fold what the removed channels carried into the layers that consumed them (ridge regression on calibration data).
         reestimate_bn: measure batch-norm statistics again on calibration data.
         ignore: patterns on module paths; channels that a matching module produces stay.
-        round_to: channel counts that change become multiples of this.
+        round_to: channel counts that change become multiples of this; 8 for a latency target where it is left at 1.
         scope: ``"global"`` lets layers compete, ``"layer"`` takes the same fraction of each.
         floor: fraction of each family that stays at least, in [0, 1].
+        threads: of ONNX Runtime, for a latency target.
         seed: of ``importance="random"``.
         progress: called with stages done and all.
 
@@ -78,19 +85,25 @@ def prune(
         NothingToDo: nothing can be pruned; the reasons are listed.
         TraceError: the network fails on the example inputs.
     """
-    target, kind = _target(ratio=ratio, macs=macs, params=params)
+    target, kind = _target(ratio=ratio, macs=macs, params=params, latency=latency)
     if scope not in ("global", "layer"):
         raise UsageError(f"scope={scope!r}: known are global, layer{near(str(scope), ('global', 'layer'))}")
     if round_to < 1 or not 0 <= floor <= 1:
         raise UsageError(f"round_to={round_to} must be at least 1 and floor={floor} within [0, 1]")
     _check_finite(model)
     example_inputs = check_inputs(example_inputs)
+    if kind == "latency":
+        target = _within(fraction(target, model, example_inputs, threads=threads), latency)
+        round_to = round_to if round_to > 1 else STEP
+    assert isinstance(target, float)
     traced = trace(model, example_inputs)
     if not traced.channels.groups:
         raise NothingToDo("nothing can be pruned: " + _reasons(traced))
     kept = _ignored(model, traced, ignore)
     scores = importance_scores(model, traced.channels, importance, example_inputs=example_inputs, calibration=calibration, seed=seed)
-    made, after = _cut_to(model, traced, kept, scores, kind, target, scope=scope, round_to=round_to, floor=floor)
+    made, after = _cut_to(
+        model, traced, kept, scores, kind, target, scope=scope, round_to=round_to, floor=floor, threads=threads, progress=progress
+    )
     edits: list[StructureEdit] = list(made.edits)
     notes = list(made.notes)
     if calibration is None:
@@ -115,15 +128,25 @@ def prune(
     )
 
 
-def _target(**given: float | None) -> tuple[float, str]:
-    """The one target: fraction to keep, and of what."""
+def _target(**given: float | str | None) -> tuple[float | str, str]:
+    """The one target: fraction to keep (or milliseconds as they were given), and of what."""
     named = {k: v for k, v in given.items() if v is not None}
     if len(named) != 1:
         raise UsageError(f"give exactly one of {', '.join(given)}, not {len(named)}")
     ((kind, value),) = named.items()
+    if isinstance(value, str):
+        if kind != "latency":
+            raise UsageError(f"{kind}={value!r}: give a fraction between 0 and 1 (exclusive)")
+        return value, kind
+    _within(value, value, kind)
+    return (1 - value if kind == "ratio" else float(value)), kind
+
+
+def _within(value: float, given: Any, kind: str = "latency") -> float:
     if not 0 < value < 1:
-        raise UsageError(f"{kind}={value}: give a fraction between 0 and 1 (exclusive)")
-    return (1 - value if kind == "ratio" else value), kind
+        said = "" if value == given else f" is {value:.2f} of the original's"
+        raise UsageError(f"{kind}={given}{said}: give a fraction between 0 and 1 (exclusive)")
+    return value
 
 
 def _check_finite(model: nn.Module) -> None:
@@ -159,7 +182,7 @@ def _ignored(model: nn.Module, traced: Trace, patterns: Sequence[str]) -> Tensor
     return kept
 
 
-def _cost(model: nn.Module, traced: Trace, kind: str, kept: Tensor) -> CostModel:
+def _cost(model: nn.Module, traced: Trace, kind: str, kept: Tensor) -> CostModel | LatencyModel:
     """What is limited; a ratio is of the channels that can go at all."""
     if kind == "ratio":
         return channel_costs(traced.channels, kept)
@@ -179,32 +202,53 @@ def _cut_to(
     scope: str,
     round_to: int,
     floor: float,
+    threads: int,
+    progress: Callable[[int, int], None] | None,
 ) -> tuple[Cut, Profile]:
     """Choose and cut; choose again where surgery had to leave classes in, or where the true cost is above the target."""
     none = torch.zeros(traced.channels.num_classes, dtype=torch.bool)
     over_by, notes = 0.0, list[str]()
-    made: Cut | None = None
-    after: Profile | None = None
+    found: list[tuple[float, Cut, Profile]] = []
+    cost: CostModel | LatencyModel | None = None
     for _ in range(_ATTEMPTS):
         fams = families(traced.channels.groups, scores, round_to=round_to, floor=floor, kept=kept)
         if not fams:
             raise NothingToDo(f"nothing can be pruned: every family is at its floor, ignored or frozen ({_reasons(traced)})")
-        cost = _cost(model, traced, kind, kept)
+        if kind != "latency":
+            cost = _cost(model, traced, kind, kept)
+        elif cost is None:
+            cost = latency_costs(model, traced.channels, traced.profile, threads=threads, progress=progress)
+        assert cost is not None
         start = cost.total(none)
-        removed = choose(fams, cost, (target - over_by) * start, scope=scope)  # type: ignore[arg-type]
+        removed = _chosen(fams, cost, (target - over_by) * start, scope, kind, bool(found))
         if not bool(removed.any()):
             raise NothingToDo("nothing to prune: the target is met by the network as it is, or steps of round_to are too coarse for it")
         made = cut(model, traced, removed)
         notes += [n for n in made.notes if n not in notes]
         after = costs(made.model, traced.example_inputs)
-        left_in = made.frozen
-        true = {"macs": after.macs / traced.profile.macs, "params": after.params / traced.profile.params}.get(kind)
-        over = true is not None and true > target * 1.005
-        if not bool((left_in & removed).any()) and not over:
+        said = ""
+        if kind == "latency":
+            true, said = measured(model, made.model, traced.example_inputs, threads=threads)
+        else:
+            true = {"macs": after.macs / traced.profile.macs, "params": after.params / traced.profile.params}.get(kind, target)
+        found.append((true, replace(made, notes=(*made.notes, said) if said else made.notes), after))
+        tolerance = 0.03 if kind == "latency" else 0.005
+        if not bool((made.frozen & removed).any()) and true <= target * (1 + tolerance):
             break
-        kept = kept | left_in
-        if over and true is not None:
-            over_by += true - target
-    assert made is not None
-    assert after is not None
-    return replace(made, notes=tuple(notes)), after
+        kept = kept | made.frozen
+        over_by += max(true - target, 0.0)
+    met = [f for f in found if f[0] <= target * 1.03] or [min(found, key=lambda f: f[0])]
+    true, made, after = met[-1]
+    if kind == "latency":
+        notes.append(made.notes[-1] + ("" if true <= target * 1.03 else f", above the target of {target:.2f}"))
+    return replace(made, notes=tuple(dict.fromkeys(notes))), after
+
+
+def _chosen(fams: Sequence[Family], cost: Any, goal: float, scope: str, kind: str, again: bool) -> Tensor:
+    """Classes to remove; where the target became unreachable only because of what turned out to be frozen, as many as can go."""
+    try:
+        return choose(fams, cost, goal, scope=scope)  # type: ignore[arg-type]
+    except BudgetError:
+        if not again:
+            raise
+        return everything(fams, cost.num_classes)

@@ -183,8 +183,8 @@ def contract(watch: Watch, call: Call, a: Operand, b: Operand, a_is_weight: bool
                 ledger.mark(p, "out")
     if a.shape[-1] > 1:
         meeting = [
-            Operand((*a.shape[:-2], a.shape[-1]), tuple(p.squeeze(-2) for p in a_met), a.what),
-            Operand((*b.shape[:-2], b.shape[-2]), tuple(p.squeeze(-1) for p in b_met), b.what),
+            Operand((*a.shape[:-2], a.shape[-1]), tuple(p.squeeze(-2) for p in a_met), a.what, a_is_weight),
+            Operand((*b.shape[:-2], b.shape[-2]), tuple(p.squeeze(-1) for p in b_met), b.what, b_is_weight),
         ]
         for p in join(ledger, meeting, nd - 1, call.where):
             if not (a_is_weight or b_is_weight) and varies(p) == [nd - 2]:

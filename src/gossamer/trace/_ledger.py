@@ -64,9 +64,14 @@ def flat(labels: Tensor) -> Array:
 
 
 class Ledger:
-    """Writes down what a forward pass says about labels."""
+    """Writes down what a forward pass says about labels.
 
-    def __init__(self) -> None:
+    Args:
+        columns: of labels laid out as rows by positions (heads by head size), whole columns leave instead of whole rows.
+    """
+
+    def __init__(self, *, columns: bool = False) -> None:
+        self.columns = columns
         self.size = 1
         self.origins: list[Origin] = []
         self.starts: list[int] = []

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gossamer.trace._planes import Operand, Planes, collapse, compress, join, move, reshape
+from gossamer.trace._planes import Operand, Planes, collapse, compress, join, move, reshape, varies
 from gossamer.trace._rules import rule
 from gossamer.trace._watch import Call, Watch
 
@@ -135,7 +135,7 @@ def stack(watch: Watch, call: Call) -> list[Planes]:
     for t in call.tensors:
         o = watch.operand(t)
         shape = (*o.shape[:dim], 1, *o.shape[dim:])
-        operands.append(Operand(shape, tuple(p.unsqueeze(dim) for p in o.planes), o.what))
+        operands.append(Operand(shape, tuple(p.unsqueeze(dim) for p in o.planes), o.what, o.weight))
     return [concatenate(watch, call, operands, dim)]
 
 
@@ -145,18 +145,23 @@ def concatenate(watch: Watch, call: Call, operands: list[Operand], dim: int) -> 
         return ()
     ndim = len(operands[0].shape)
     along = [[p for p in o.planes if p.shape[dim] > 1] for o in operands]
-    across = [Operand((*o.shape[:dim], 1, *o.shape[dim + 1 :]), tuple(p for p in o.planes if p.shape[dim] == 1), o.what) for o in operands]
-    if not any(along):
-        return join(watch.ledger, across, ndim, call.where)
-    if any(o.planes for o in across) or max(map(len, along)) > 1:
-        for o in operands:
-            for p in o.planes:
+    across = [
+        Operand((*o.shape[:dim], 1, *o.shape[dim + 1 :]), tuple(p for p in o.planes if p.shape[dim] == 1), o.what, o.weight)
+        for o in operands
+    ]
+    beside = [d for o in across for p in o.planes for d in varies(p)]
+    if any(len(planes) > 1 or any(d in beside for p in planes for d in varies(p)) for planes in along):
+        for planes in along:
+            for p in planes:
                 watch.ledger.freeze(p, lambda: f"independent sets of channels meet in {call.where()}")
-        return ()
+        along = [[] for _ in along]
+    result = join(watch.ledger, across, ndim, call.where)
+    if not any(along):
+        return result
     rest = [max(p.shape[d] for planes in along for p in planes) for d in range(ndim)]
     none = torch.zeros([1] * ndim, dtype=torch.long)
     pieces = [(p[0] if p else none).expand([*rest[:dim], o.shape[dim], *rest[dim + 1 :]]) for o, p in zip(operands, along, strict=True)]
-    return _boxes(watch, (torch.cat(pieces, dim),))
+    return (*result, *_boxes(watch, (torch.cat(pieces, dim),)))
 
 
 @rule("flip")

@@ -21,11 +21,12 @@ Size = Sequence[int]
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor as rules see it: its shape, its planes, and what it is where it has none."""
+    """A tensor as rules see it: its shape, its planes, what it is where it has none, and whether it is (computed from) parameters alone."""
 
     shape: tuple[int, ...]
     planes: Planes
     what: str = "an unlabelled tensor"
+    weight: bool = False
 
 
 def varies(plane: Tensor) -> list[int]:
@@ -90,6 +91,9 @@ def reshape(plane: Tensor, old: Size, new: Size) -> Tensor:
 def join(ledger: Ledger, operands: Sequence[Operand], ndim: int, where: Callable[[], str]) -> Planes:
     """Broadcast operands against each other: labels that meet belong together; what meets an unlabelled size must stay.
 
+    Where one side varies along more dimensions than the other (heads by positions, against something that all heads share), whole rows can
+    still leave: positions are coupled within each row, and what the rows share stays.
+
     Args:
         ledger: where it is written down.
         operands: at least one.
@@ -101,25 +105,38 @@ def join(ledger: Ledger, operands: Sequence[Operand], ndim: int, where: Callable
     """
     shapes = [(1,) * (ndim - len(o.shape)) + tuple(o.shape) for o in operands]
     planes = [[lift(p, ndim) for p in o.planes] for o in operands]
-    result: list[Tensor] = []
+    result: list[tuple[Tensor, bool]] = []
     for i, mine in enumerate(planes):
         for plane in mine:
-            dims = varies(plane)
+            merged, weight = plane, operands[i].weight
             for j, other in enumerate(operands):
                 if j == i:
                     continue
-                if any(shapes[j][d] > 1 and not any(q.shape[d] > 1 for q in planes[j]) for d in dims):
-                    ledger.freeze(plane, lambda other=other: f"meets {other.what} in {where()}")  # type: ignore[misc]
-            merged = plane
+                dims = varies(merged)
+                sized = [d for d in dims if shapes[j][d] > 1 and not any(q.shape[d] > 1 for q in planes[j])]
+                if sized and len(sized) < len(dims) and not ledger.columns:
+                    merged = collapse(ledger, merged, sized, where)
+                elif sized:
+                    ledger.freeze(merged, lambda other=other: f"meets {other.what} in {where()}")  # type: ignore[misc]
             rest = []
-            for known in result:
-                if any(known.shape[d] > 1 for d in dims):
-                    ledger.unify(known, merged, where)
-                    merged = cover(known, merged)
+            for known, known_weight in result:
+                if any(known.shape[d] > 1 for d in varies(merged)):
+                    merged, weight = _meet(ledger, known, known_weight, merged, weight, where)
                 else:
-                    rest.append(known)
-            result = [*rest, merged]
-    return tuple(result)
+                    rest.append((known, known_weight))
+            result = [*rest, (merged, weight)]
+    return tuple(plane for plane, _ in result)
+
+
+def _meet(ledger: Ledger, a: Tensor, a_weight: bool, b: Tensor, b_weight: bool, where: Callable[[], str]) -> tuple[Tensor, bool]:
+    """Two planes that vary along a common dimension, as one."""
+    dims_a, dims_b = set(varies(a)), set(varies(b))
+    for small, large, weight, rows in ((a, b, a_weight, dims_b - dims_a), (b, a, b_weight, dims_a - dims_b)):
+        if weight and rows and set(varies(small)) < set(varies(large)) and not ledger.columns:
+            ledger.freeze(small, lambda: f"shared by what {where()} spreads it over")
+            return collapse(ledger, large, varies(small), where), a_weight and b_weight
+    ledger.unify(a, b, where)
+    return cover(a, b), a_weight and b_weight
 
 
 def cover(a: Tensor, b: Tensor) -> Tensor:

@@ -283,8 +283,9 @@ class Watch(TorchDispatchMode):
         note = self.note(tensor)
         if note is not None:
             shape = tuple(1 if step == 0 else n for n, step in zip(tensor.shape, tensor.stride(), strict=True))  # expanded: as broadcast
-            return Operand(shape, note.planes, note.what)
-        return Operand(tuple(tensor.shape), self.planes(tensor), "a tensor that is neither parameter nor buffer")
+            return Operand(shape, note.planes, note.what, note.weight is not None)
+        known = self.tracked(tensor) is not None
+        return Operand(tuple(tensor.shape), self.planes(tensor), "a tensor that is neither parameter nor buffer", known)
 
     def labels_of(self, tracked: _Tracked, dim: int) -> Tensor:
         """Labels of one dimension of a parameter or buffer, shape ``(size,)``."""
