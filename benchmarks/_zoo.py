@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ SECOND_SIZE = 2  # batch of the second run
 
 
 def names(suite: str) -> list[str]:
-    """Networks of a suite; of timm the smallest of every family and every architecture of at most 12 million parameters that is quick to build."""
+    """Networks of a suite."""
     models = torchvision.models
     match suite:
         case "torchvision":
@@ -38,36 +39,8 @@ def names(suite: str) -> list[str]:
 
 
 def timm_names() -> list[str]:
-    """Registered architectures of timm: of every module those whose name says they are small, and one of every other stem."""
-    import timm
-
-    small = (
-        "nano",
-        "pico",
-        "femto",
-        "atto",
-        "tiny",
-        "small",
-        "mini",
-        "xx",
-        "_xs",
-        "_s",
-        "_t",
-        "lite",
-        "050",
-        "035",
-        "b0",
-        "18",
-        "26",
-        "50",
-    )
-    out = []
-    for module in timm.list_modules():
-        known = timm.list_models(module=module)
-        first = sorted(known, key=lambda n: (not any(s in n for s in small), len(n), n))
-        out += first[:1]
-        out += [n for n in known if n not in first[:1] and any(s in n for s in small)]
-    return list(dict.fromkeys(out))
+    """Architectures of timm: of every module up to eleven of at most 20 million parameters, or its smallest."""
+    return (Path(__file__).parent / "timm_names.txt").read_text().split()
 
 
 def build(suite: str, name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:

@@ -21,7 +21,7 @@ from gossamer.pruning.latency import STEP, LatencyModel, fraction, latency_costs
 from gossamer.result import Profile, Result
 from gossamer.sources.batches import check_inputs
 from gossamer.surgery import Cut, cut
-from gossamer.trace import Trace, costs, trace
+from gossamer.trace import ChannelMap, Trace, costs, trace
 
 _ATTEMPTS = 4  # times that classes are chosen again where some turn out to be frozen, or the target is not quite met
 
@@ -99,8 +99,15 @@ def prune(
     traced = trace(model, example_inputs)
     if not traced.channels.groups:
         raise NothingToDo("nothing can be pruned: " + _reasons(traced))
+
+    def score(channels: ChannelMap) -> Tensor:
+        return importance_scores(model, channels, importance, example_inputs=example_inputs, calibration=calibration, seed=seed)
+
+    loose = traced.loose()
+    if loose is not None:
+        traced = traced.reordered(loose, score(loose))
     kept = _ignored(model, traced, ignore)
-    scores = importance_scores(model, traced.channels, importance, example_inputs=example_inputs, calibration=calibration, seed=seed)
+    scores = score(traced.channels)
     made, after = _cut_to(
         model, traced, kept, scores, kind, target, scope=scope, round_to=round_to, floor=floor, threads=threads, progress=progress
     )

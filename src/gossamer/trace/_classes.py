@@ -32,9 +32,15 @@ class Classes:
     inexact: Array
 
 
-def resolve(ledger: Ledger) -> Classes:
-    """Merge what belongs together and describe what is left."""
-    root, blurred = _regular(ledger)
+def resolve(ledger: Ledger, *, regular: bool = True, order: Array | None = None) -> Classes:
+    """Merge what belongs together and describe what is left.
+
+    Args:
+        ledger: of a trace.
+        regular: whether what must stay rectangular is seen to; without it classes are as fine as the operations alone make them.
+        order: a value for every label: rows that must lose equally many are coupled in this order instead of by position.
+    """
+    root, blurred = _regular(ledger, order) if regular else (_merge(ledger.size, ledger.pairs), [])
     present, of = np.unique(root[1:], return_inverse=True)
     n = len(present)
     of = np.concatenate([[-1], of.reshape(-1)])
@@ -52,14 +58,14 @@ def _merge(size: int, pairs: list[tuple[Array, Array]]) -> Array:
     return connected_components(graph, directed=False)[1]
 
 
-def _regular(ledger: Ledger) -> tuple[Array, list[tuple[Array, str]]]:
+def _regular(ledger: Ledger, order: Array | None) -> tuple[Array, list[tuple[Array, str]]]:
     """Components once every rectangle stays rectangular, whichever classes are removed; and labels that this makes inexact."""
     pairs = list(ledger.pairs)
     root = _merge(ledger.size, pairs)
     for _ in range(_MOST_ROUNDS):
         new: list[tuple[Array, Array]] = []
         for rectangle in ledger.rectangles:
-            new += _couple(rectangle, root)
+            new += _couple(rectangle, root, order)
         if not new:
             break
         pairs = [*pairs, *new]
@@ -73,8 +79,11 @@ def _regular(ledger: Ledger) -> tuple[Array, list[tuple[Array, str]]]:
     return root, blurred
 
 
-def _couple(rectangle: Rectangle, root: Array) -> list[tuple[Array, Array]]:
-    """Pairs that make one rectangle regular; none where it is."""
+def _couple(rectangle: Rectangle, root: Array, order: Array | None) -> list[tuple[Array, Array]]:
+    """Pairs that make one rectangle regular; none where it is.
+
+    Rows that lose equally many may each make a choice of their own: the k-th of one row, in the order given, goes with the k-th of the others.
+    """
     if rectangle.kind == "box":
         return _couple_box(rectangle.parts[0], root)
     if rectangle.kind == "group" and _whole_rows(rectangle.parts, root):
@@ -82,6 +91,8 @@ def _couple(rectangle: Rectangle, root: Array) -> list[tuple[Array, Array]]:
     pairs = []
     for part in rectangle.parts:
         if not _even(part, root):
+            if order is not None and bool((part != 0).all()):
+                part = np.take_along_axis(part, np.argsort(order[part], axis=1, kind="stable"), axis=1)
             pairs.append((np.broadcast_to(part[:1], part.shape).reshape(-1), part.reshape(-1)))
     return [(x[keep], y[keep]) for x, y in pairs if (keep := (x != 0) & (y != 0)).any()]
 
@@ -118,6 +129,15 @@ def _even(part: Array, root: Array) -> bool:
     """Whether every class takes equally many elements of each row."""
     rows = np.sort(root[part], axis=1)
     return bool((rows == rows[:1]).all())
+
+
+def has_free_rows(ledger: Ledger, classes: Classes) -> bool:
+    """Whether rows lose equally many channels, so that each could choose its own."""
+    root = _merge(ledger.size, ledger.pairs)
+    return any(
+        r.kind != "box" and not all(_even(p, root) for p in r.parts) and not (r.kind == "group" and _whole_rows(r.parts, classes.of + 1))
+        for r in ledger.rectangles
+    )
 
 
 def _reasons(entries: list[tuple[Array, str]], of: Array) -> dict[int, str]:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from gossamer.adapters import free_attention
 from gossamer.errors import TraceError
 from gossamer.result import ExampleInputs, Profile
 from gossamer.sources.batches import call, check_inputs, outputs
-from gossamer.trace._classes import Classes, resolve
+from gossamer.trace._classes import Classes, has_free_rows, resolve
 from gossamer.trace._ledger import Ledger
 from gossamer.trace._sites import Site
 from gossamer.trace._watch import Step, Watch
@@ -42,6 +43,28 @@ class Trace:
     steps: tuple[Step, ...] = field(repr=False)
     sites: tuple[Site, ...] = field(repr=False, default=())
     declared: dict[str, Any] = field(repr=False, default_factory=dict)
+    ledger: Ledger = field(repr=False, default_factory=Ledger)
+
+    def loose(self) -> ChannelMap | None:
+        """The channel map without regularity, where rows of channels (groups, halves) lose equally many and could each choose which."""
+        return resolve(self.ledger, regular=False).channels if has_free_rows(self.ledger, self.classes) else None
+
+    def reordered(self, loose: ChannelMap, scores: Tensor) -> Trace:
+        """The same trace with rows coupled by importance instead of by position, where that leaves as much choice.
+
+        The least important channel of one row then leaves with the least important of each other row: never a larger loss than by position.
+
+        Args:
+            loose: from `loose`.
+            scores: importance of its classes, shape ``(loose.num_classes,)``.
+        """
+        of = resolve(self.ledger, regular=False).of
+        value = np.concatenate([scores.double().numpy(), [0.0]])[of]  # label 0 has class -1
+        classes = resolve(self.ledger, order=value)
+        if sum(len(g.classes) for g in classes.channels.groups) < sum(len(g.classes) for g in self.channels.groups):
+            return self
+        classes = replace(classes, channels=replace(classes.channels, unvisited=self.channels.unvisited))
+        return replace(self, channels=classes.channels, classes=classes)
 
 
 def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
@@ -73,7 +96,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
     unvisited = _watch_unvisited(model, example_inputs, watch, ledger)
     classes = resolve(ledger)
     classes = replace(classes, channels=replace(classes.channels, unvisited=unvisited))
-    return Trace(classes.channels, profile, example_inputs, classes, tuple(steps), sites, ledger.declared)
+    return Trace(classes.channels, profile, example_inputs, classes, tuple(steps), sites, ledger.declared, ledger)
 
 
 def _watched(model: nn.Module, example_inputs: ExampleInputs, written: dict[int, set[int]]) -> tuple[Ledger, list[Step], Watch, Any]:
