@@ -27,14 +27,15 @@ class Reader(CalibrationDataReader):
 
 def main() -> None:
     """Print the table."""
-    loaded, calibration, evaluation = load(arguments(__doc__ or ""))
+    task = load(arguments(__doc__ or ""))
+    model, calibration, evaluation = task.model, task.calibration, task.evaluation
     example = (torch.zeros(1, 3, 224, 224),)
     with tempfile.TemporaryDirectory() as folder:
         files = {"original": Path(folder) / "original.onnx"}
-        gs.export(loaded.model, files["original"], example_inputs=example)
+        gs.export(model, files["original"], example_inputs=example)
         for target in ("vnni", "avx2"):
             files[f"gossamer, target {target}"] = Path(folder) / f"{target}.onnx"
-            result = gs.quantize(loaded.model, example, calibration=calibration, target=target)
+            result = gs.quantize(model, example, calibration=calibration, target=target)
             gs.export(result, files[f"gossamer, target {target}"])
         files["onnxruntime quantize_static"] = Path(folder) / "peer.onnx"
         plain = onnx.load(files["original"])

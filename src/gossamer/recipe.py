@@ -18,22 +18,35 @@ class _Step(BaseModel):
 
 
 class Prune(_Step):
-    """Remove whole channels. Exactly one of ``ratio`` (fraction of channels to remove) and ``macs`` (fraction of MACs to keep)."""
+    """Remove whole channels.
+
+    Exactly one of ``ratio`` (fraction of channels to remove), ``macs``, ``params`` (fractions to keep) and ``latency`` (fraction of the
+    original's in ONNX Runtime, or ``"5ms"``). In several ``steps``, with ``epochs`` of distillation from the original after each.
+    """
 
     kind: ClassVar[str] = "prune"
     ratio: float | None = Field(None, gt=0, lt=1)
     macs: float | None = Field(None, gt=0, lt=1)
-    importance: Literal["l1", "l2", "taylor", "random"] = "l2"
+    params: float | None = Field(None, gt=0, lt=1)
+    latency: Annotated[float, Field(gt=0, lt=1)] | str | None = None
+    importance: Literal["l1", "l2", "bn_scale", "taylor", "fisher", "fpgm", "activation", "random"] = "l2"
     scope: Literal["global", "layer"] = "global"
     round_to: int = Field(1, ge=1)
     compensate: bool = True
     reestimate_bn: bool = True
     ignore: tuple[str, ...] = ()
+    schedule: Literal["one_shot", "iterative", "cubic"] = "one_shot"
+    steps: int = Field(1, ge=1)
+    epochs: int = Field(0, ge=0)
+    lr: float = Field(1e-3, gt=0)
+    batch_size: int = Field(64, ge=1)
 
     @model_validator(mode="after")
     def _one_target(self) -> Prune:
-        if (self.ratio is None) == (self.macs is None):
-            raise ValueError("prune needs exactly one of ratio and macs")
+        if sum(t is not None for t in (self.ratio, self.macs, self.params, self.latency)) != 1:
+            raise ValueError("prune needs exactly one of ratio, macs, params and latency")
+        if self.schedule == "one_shot" and self.steps != 1:
+            raise ValueError("prune in several steps needs schedule: iterative or cubic")
         return self
 
 
@@ -47,6 +60,8 @@ class Fit(_Step):
     weight_decay: float = Field(0.01, ge=0)
     warmup: float = Field(0.05, ge=0, lt=1)
     batch_size: int = Field(64, ge=1)
+    penalty: Literal["bn_l1", "group_lasso"] | None = None
+    penalty_weight: float = Field(1e-4, gt=0)
 
 
 class Distill(Fit):

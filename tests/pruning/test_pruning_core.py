@@ -226,3 +226,130 @@ def test_weights_that_are_not_finite_are_named():
 def test_nothing_prunable_says_why():
     with pytest.raises(NothingToDo, match="output"):
         gs.prune(nn.Linear(4, 2), (torch.randn(1, 4),), macs=0.5)
+
+
+def test_fisher_equals_autograd_by_hand():
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).eval()
+    data = [(torch.randn(8, 4), torch.randint(0, 3, (8,))) for _ in range(2)]
+    channels = trace(net, (data[0][0][:1],)).channels
+    scores = importance_scores(net, channels, "fisher", example_inputs=(data[0][0][:1],), calibration=data)
+    want = torch.zeros(6, dtype=torch.float64)
+    for x, y in data:
+        net.zero_grad()
+        nn.functional.cross_entropy(net(x), y).backward()
+        want += (
+            ((net[0].weight * net[0].weight.grad).square().sum(1) + (net[2].weight * net[2].weight.grad).square().sum(0)).detach().double()
+        )
+    assert torch.allclose(scores[channels.groups[0].classes], want / want.mean(), rtol=1e-4)
+
+
+def test_bn_scale_and_geometric_median_equal_plain_loops():
+    net = network()
+    with torch.no_grad():
+        for m in net.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.weight.uniform_(-1, 1)
+    channels = trace(net, INPUTS).channels
+    first = channels.groups[0]
+    want = net[1].weight.abs() + net[4].weight.abs()  # the convolution and the depthwise one after it: one class, two norms
+    scores = importance_scores(net, channels, "bn_scale", example_inputs=INPUTS)
+    assert torch.allclose(scores[first.classes], (want / want.mean()).double().detach(), rtol=1e-5)
+    filters = torch.cat([net[0].weight.flatten(1), net[3].weight.flatten(1)], 1).detach().numpy()
+    distances = np.array([sum(np.linalg.norm(a - b) for b in filters) for a in filters])
+    scores = importance_scores(net, channels, "fpgm", example_inputs=INPUTS)
+    assert np.allclose(scores[first.classes].numpy(), distances / distances.mean(), rtol=1e-5)
+
+
+def test_activation_importance_is_the_mean_magnitude_at_the_consumer():
+    net = network()
+    channels = trace(net, INPUTS).channels
+    scores = importance_scores(net, channels, "activation", example_inputs=INPUTS, calibration=batches(2))
+    with torch.no_grad():
+        x = torch.cat([net[:6](b) for b in batches(2)])  # what the third convolution reads
+    want = x.abs().mean((0, 2, 3)).double()
+    assert torch.allclose(scores[channels.groups[0].classes], want / want.mean(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["bn_scale", "fpgm", "fisher", "activation"])
+def test_every_criterion_prunes(name):
+    result = gs.prune(network(), INPUTS, ratio=0.5, importance=name, calibration=batches(2))
+    assert result.proof.holds
+
+
+def test_batch_norm_scale_without_batch_norms_says_so():
+    with pytest.raises(UsageError, match="l2"):
+        gs.prune(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval(), (torch.zeros(1, 4),), ratio=0.5, importance="bn_scale")
+
+
+def test_groups_choose_channels_of_their_own_and_lose_the_least():
+    """By position, the second group would lose what matters most to it; each group loses its own least important two."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1, groups=2), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.fill_(1.0)
+        for c in (0, 1, 6, 7):  # unimportant: the first two of one group, the last two of the other
+            net[0].weight[c] = 0.01
+            net[2].weight[:4, c % 4] *= 0.01 if c < 4 else 1
+            net[2].weight[4:, c % 4] *= 0.01 if c >= 4 else 1
+    result = gs.prune(net, (torch.randn(1, 3, 4, 4),), ratio=0.5, scope="layer")
+    assert result.proof.holds
+    kept = next(e for e in result.plan if e.tensor == "0.weight")
+    assert kept.index == (2, 3, 4, 5)
+
+
+def test_the_layer_table_interpolates_what_it_measured():
+    from gossamer.profiling.layers import LayerTable, layer_shapes, measure_layers, widths
+
+    assert widths(64) == [8, 16, 32, 48, 64]
+    table = LayerTable(np.array([8.0, 16.0]), np.array([8.0, 16.0]), np.array([[1.0, 2.0], [3.0, 5.0]]))
+    assert table(8, 16) == 2.0
+    assert table(12, 16) == table(16, 16) == 5.0  # 12 channels take the kernel of 16
+    assert table(4, 8) == 1.0
+    net = network()
+    layers = layer_shapes(net, gs.profile(net, INPUTS))
+    assert [s.op for s, _, _ in layers.values()] == ["conv", "depthwise", "conv", "linear"]
+    assert layers[0][0].rows == (2, 8, 8)
+    measured = measure_layers([layers[0]])
+    assert (measured[layers[0]].ms > 0).all()
+
+
+def test_a_latency_target_is_measured_on_the_pruned_network():
+    torch.manual_seed(0)
+    blocks = [m for i, o in ((3, 64), (64, 64), (64, 64)) for m in (nn.Conv2d(i, o, 3, padding=1), nn.ReLU())]
+    net = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 5)).eval()
+    result = gs.prune(net, (torch.randn(1, 3, 48, 48),), latency=0.6)
+    assert result.proof.holds
+    assert any("ONNX Runtime, 1 thread" in n for n in result.notes)
+    assert all(m.out_channels % 8 == 0 for m in result.model if isinstance(m, nn.Conv2d))
+    assert result.after.macs < 0.8 * result.before.macs
+    with pytest.raises(UsageError, match="milliseconds"):
+        gs.prune(net, (torch.randn(1, 3, 48, 48),), latency="5 parsecs")
+
+
+@pytest.mark.parametrize("target", [{"macs": 0.5}, {"params": 0.5}, {"ratio": 0.5}])
+def test_steps_end_where_one_shot_does_and_the_plan_replays(target):
+    from gossamer.pruning import prune_in_steps
+
+    net, seen = network(), []
+
+    def recover(model, step):
+        seen.append(gs.profile(model, INPUTS).macs)
+        return model
+
+    result = prune_in_steps(net, INPUTS, schedule="cubic", steps=3, recover=recover, **target)
+    assert len(seen) == 3
+    assert seen == sorted(seen, reverse=True)
+    if "ratio" not in target:
+        kind = next(iter(target))
+        assert 0.4 < getattr(result.after, kind) / getattr(result.before, kind) <= 0.5 * 1.005
+    assert result.proof.holds
+    again = result.plan.apply(net)
+    again.load_state_dict(result.model.state_dict())
+    assert torch.equal(again(*INPUTS), result.model(*INPUTS))
+
+
+def test_an_unknown_schedule_is_one_line():
+    from gossamer.pruning import prune_in_steps
+
+    with pytest.raises(UsageError, match="cubic"):
+        prune_in_steps(network(), INPUTS, schedule="cubik", ratio=0.5)

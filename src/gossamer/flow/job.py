@@ -178,7 +178,7 @@ def check_folder(out: str | Path, *, resume: bool) -> Path:
 
 
 def _splits(data: Any, recipe: Recipe | None, seed: int) -> tuple[str | None, Iterable[Any], Any]:
-    trains = [s for s in (recipe.steps if recipe else ()) if isinstance(s, Fit)]
+    trains = [s for s in (recipe.steps if recipe else ()) if isinstance(s, Fit) or (isinstance(s, Prune) and s.epochs)]
     if isinstance(data, Data):
         if trains and data.train is None:
             raise RecipeError(
@@ -191,7 +191,7 @@ def _splits(data: Any, recipe: Recipe | None, seed: int) -> tuple[str | None, It
         raise SourceError(f"data must be an iterable of batches or a specification such as 'digits', not {type(data).__name__}")
     if hasattr(data, "__next__"):
         raise SourceError("data is an iterator, which can be read only once: pass a DataLoader or a list of batches")
-    if any(isinstance(s, Prune) and s.importance == "taylor" for s in (recipe.steps if recipe else ())) and not trains:
+    if any(isinstance(s, Prune) and s.importance in ("taylor", "fisher") for s in (recipe.steps if recipe else ())) and not trains:
         return None, data, None
     return None, data, data if trains or recipe is None else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,23 +34,7 @@ def run_step(step: object, model: nn.Module, before: Profile, job: Job, *, folde
 
     match step:
         case Prune():
-            from gossamer.pruning import prune
-
-            return prune(
-                model,
-                job.example_inputs,
-                ratio=step.ratio,
-                macs=step.macs,
-                importance=step.importance,
-                calibration=job.calibration,
-                compensate=step.compensate,
-                reestimate_bn=step.reestimate_bn,
-                ignore=step.ignore,
-                round_to=step.round_to,
-                scope=step.scope,
-                seed=job.seed,
-                progress=tick,
-            )
+            return _prune(step, model, job, tick)
         case Fit():
             return _train(step, model, before, job, folder, tick)
         case Quantize():
@@ -71,6 +56,38 @@ def run_step(step: object, model: nn.Module, before: Profile, job: Job, *, folde
     raise AssertionError(f"unknown step {step!r}")
 
 
+def _prune(step: Prune, model: nn.Module, job: Job, tick: Callable[[int, int], None]) -> Result:
+    from gossamer.pruning import prune, prune_in_steps
+
+    options: dict[str, Any] = {
+        "ratio": step.ratio,
+        "macs": step.macs,
+        "params": step.params,
+        "latency": step.latency,
+        "importance": step.importance,
+        "calibration": job.calibration,
+        "compensate": step.compensate,
+        "reestimate_bn": step.reestimate_bn,
+        "ignore": step.ignore,
+        "round_to": step.round_to,
+        "scope": step.scope,
+        "seed": job.seed,
+        "progress": tick,
+    }
+    if step.schedule == "one_shot" and not step.epochs:
+        return prune(model, job.example_inputs, **options)
+
+    def recover(network: nn.Module, number: int) -> nn.Module:
+        from gossamer.distillation import distill
+
+        if not step.epochs:
+            return network
+        training: Any = job.training
+        return distill(network, job.model, training, epochs=step.epochs, lr=step.lr, seed=job.seed + number).model.eval()
+
+    return prune_in_steps(model, job.example_inputs, schedule=step.schedule, steps=step.steps, recover=recover, **options)
+
+
 def _train(step: Fit, model: nn.Module, before: Profile, job: Job, folder: Path | None, tick: object) -> Result:
     from gossamer.plan import Plan, input_specs
 
@@ -80,6 +97,8 @@ def _train(step: Fit, model: nn.Module, before: Profile, job: Job, folder: Path 
         "optimizer": step.optimizer,
         "weight_decay": step.weight_decay,
         "warmup": step.warmup,
+        "penalty": step.penalty,
+        "penalty_weight": step.penalty_weight,
         "seed": job.seed,
         "progress": tick,
         "checkpoint": folder / "training" if folder else None,

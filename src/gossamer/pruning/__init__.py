@@ -3,5 +3,6 @@
 from gossamer.pruning.batchnorm import reestimate_batch_norm
 from gossamer.pruning.importance import importance_scores
 from gossamer.pruning.prune import prune
+from gossamer.pruning.schedule import SCHEDULES, fractions, prune_in_steps
 
-__all__ = ["importance_scores", "prune", "reestimate_batch_norm"]
+__all__ = ["SCHEDULES", "fractions", "importance_scores", "prune", "prune_in_steps", "reestimate_batch_norm"]

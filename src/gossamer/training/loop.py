@@ -24,6 +24,7 @@ from gossamer.training.feeding import count_batches, own_randomness, samples_of,
 from gossamer.training.layout import lay_out, set_layout, takes_channels_last
 from gossamer.training.objectives import Objective, as_objective, logits_of, name_of
 from gossamer.training.optimizers import lr_factor, make_optimizer
+from gossamer.training.penalties import as_penalty
 from gossamer.training.records import append_record, rewrite_records, size_of
 
 ProgressHook = Callable[[int, int], None]
@@ -65,6 +66,7 @@ class _Run:
     lr: float
     warmup: float
     clip: float | None
+    penalty: Callable[[nn.Module], Tensor] | None
     total: int
     channels_last: bool | None
 
@@ -91,6 +93,8 @@ class _Run:
         value = loss.item()
         if not math.isfinite(value):
             raise UsageError(f"the loss is {value} at {where}: lower the learning rate (lr={self.lr:g}), clip gradients, or check the data")
+        if self.penalty is not None:
+            loss = loss + self.penalty(self.model)
         loss.backward()
         if self.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
@@ -118,6 +122,8 @@ class TrainingOptions(TypedDict, total=False):
     progress: ProgressHook | None
     device: str | torch.device | None
     channels_last: bool | Literal["auto"]
+    penalty: str | Callable[[nn.Module], Tensor] | None
+    penalty_weight: float
 
 
 class FitOptions(TrainingOptions, total=False):
@@ -135,6 +141,8 @@ def fit(
     data: Iterable[Any],
     *,
     objective: Callable[..., Tensor] | None = None,
+    penalty: str | Callable[[nn.Module], Tensor] | None = None,
+    penalty_weight: float = 1e-4,
     epochs: int = 1,
     lr: float = 1e-3,
     optimizer: str = "adamw",
@@ -168,6 +176,8 @@ def fit(
             inputs followed by the target. A DataLoader's own generator is seeded for each epoch, and put back at the end.
         objective: ``(outputs, target) -> loss``, or ``(model, batch) -> loss`` where the first parameter is called ``model``; default
             cross-entropy.
+        penalty: what makes whole channels small, added to the loss: ``"bn_l1"``, ``"group_lasso"``, or ``model -> loss``. Prune afterwards.
+        penalty_weight: what it is multiplied with, above 0.
         epochs: passes over the data, at least 1.
         lr: peak learning rate; it rises linearly, then falls as half a cosine, step by step.
         optimizer: ``"adamw"`` or ``"sgd"``.
@@ -210,6 +220,8 @@ def fit(
         settings = {"objective": name_of(objective), "epochs": epochs, "steps": steps, "lr": lr, "optimizer": optimizer, "warmup": warmup}
         settings |= {"weight_decay": weight_decay, "momentum": momentum, "clip": clip, "seed": seed}
         settings |= getattr(objective, "settings", {})
+        if penalty is not None:
+            settings |= {"penalty": penalty if isinstance(penalty, str) else name_of(penalty), "penalty_weight": penalty_weight}
         run = _Run(
             model=copied,
             optimizer=opt,
@@ -219,6 +231,7 @@ def fit(
             lr=lr,
             warmup=warmup,
             clip=clip,
+            penalty=as_penalty(penalty, penalty_weight),
             total=epochs * steps,
             channels_last=None if channels_last == "auto" else channels_last,
         )
