@@ -9,7 +9,7 @@ NUMBERED = frozenset(
     "view reshape expand unflatten broadcast_to repeat split split_with_sizes tensor_split narrow __getitem__ __setitem__ "
     "zeros ones full empty new_zeros new_ones new_full new_empty rand randn "
     "mul multiply div divide true_divide __mul__ __rmul__ __truediv__ __rtruediv__ __div__ mul_ div_ __imul__ __itruediv__ "
-    "scaled_dot_product_attention layer_norm group_norm baddbmm einsum tensordot matmul __matmul__ __rmatmul__".split()
+    "scaled_dot_product_attention layer_norm group_norm baddbmm linear einsum tensordot matmul __matmul__ __rmatmul__".split()
 )
 """Names of the functions that are looked at."""
 

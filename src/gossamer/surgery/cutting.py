@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,9 +16,10 @@ from gossamer.surgery.prediction import Prediction
 from gossamer.surgery.proof import prove
 from gossamer.surgery.repair import Repair, attribute_guesses, call_edits, size
 from gossamer.surgery.replay import classes_through, first_divergence
-from gossamer.trace import Trace
+from gossamer.trace import Step, Trace
 
 _ROUNDS = 40  # each freezes at least one class that was to be removed
+_PATIENCE = 3  # attempts after which what fails in one module is left in in all modules of its class
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def cut(model: nn.Module, traced: Trace, removed: Tensor) -> Cut:
     removed = removed.cpu() & allowed
     frozen = torch.zeros_like(removed)
     notes: list[str] = []
-    for _ in range(_ROUNDS):
+    for attempt in range(_ROUNDS):
         if not bool(removed.any()):
             raise NothingToDo("nothing can be removed" + (f": {'; '.join(notes[:3])}" if notes else ""))
         network, edits = _apply(model, traced, removed)
@@ -86,7 +88,7 @@ def cut(model: nn.Module, traced: Trace, removed: Tensor) -> Cut:
                 return Cut(network, tuple(edits), proof, removed, frozen, tuple(notes))
             suspects, note = _suspects(model, traced, removed, proof)
         else:
-            suspects, note = _through(traced, removed, *where)
+            suspects, note = _through(model, traced, removed, *where, alike=attempt >= _PATIENCE)
         notes.append(note)
         frozen |= suspects
         removed = removed & ~suspects
@@ -114,14 +116,27 @@ def _apply(model: nn.Module, traced: Trace, removed: Tensor) -> tuple[nn.Module,
     return apply_structure(network, calls, copied=True), [*kept, *edits, *calls]
 
 
-def _through(traced: Trace, removed: Tensor, at: int, what: str) -> tuple[Tensor, str]:
+def _through(model: nn.Module, traced: Trace, removed: Tensor, at: int, what: str, *, alike: bool) -> tuple[Tensor, str]:
     """Classes to be removed that go through the step where the pass diverged, or through the nearest one before it."""
     for i in range(at, -1, -1):
         step = traced.steps[i]
         found = classes_through(step, traced)
         if bool((found & removed).any()):
+            for other in _alike(model, traced, i) if alike else ():
+                found |= classes_through(other, traced)
             return found, f"left in: channels through {step.op} in {step.path or 'the network itself'}, which {what}"
     return removed.clone(), f"left in: everything, because the cut network {what}"
+
+
+def _alike(model: nn.Module, traced: Trace, at: int) -> Iterator[Step]:
+    """The same step in all other modules of the same class: the same operation, as many of its kind before it."""
+    kinds = {n: type(m) for n, m in model.named_modules()}
+    seen: dict[tuple[str, str], int] = {}
+    places: list[tuple[type | None, str, int]] = []
+    for step in traced.steps:
+        n = seen[step.path, step.op] = seen.get((step.path, step.op), -1) + 1
+        places.append((kinds.get(step.path), step.op, n))
+    yield from (s for s, place in zip(traced.steps, places, strict=True) if place == places[at])
 
 
 def _prove(model: nn.Module, network: nn.Module, traced: Trace, removed: Tensor) -> Proof:

@@ -52,7 +52,7 @@ class Repair:
     def wanted(self, number: int) -> dict[int, Number]:
         """Leaf -> number it must be; only those that the trace says something about."""
         site, steps = self.traced.sites[number], self.steps_of.get(number, [])
-        if not steps:
+        if not steps or not any(v is not None for v in site.leaves):
             return {}
         if site.call in _SLICES:
             return dict(self._slices(site, steps))

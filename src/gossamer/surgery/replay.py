@@ -15,7 +15,7 @@ from gossamer.surgery.prediction import Prediction, Shape
 from gossamer.trace import Sites, Step, Trace, plain_forward, rule_of, scalars_of
 
 _COPIES = frozenset(["clone", "contiguous", "detach", "alias", "lift_fresh", "_to_copy"])
-_OPAQUE = frozenset(["einsum", "tensordot", "matmul", "__matmul__", "__rmatmul__"])
+_OPAQUE = frozenset(["linear", "einsum", "tensordot", "matmul", "__matmul__", "__rmatmul__", "scaled_dot_product_attention"])
 _ALIASES = {"_unsafe_view": "view", "_reshape_alias": "view", "reshape": "view"}
 
 
@@ -68,7 +68,7 @@ class _Check(TorchDispatchMode):
         out = func(*args, **kwargs)
         name = rule_of(func)[0]
         if self._inside is not None:
-            self._inside += [tuple(t.shape) for t in _tensors(out)]
+            self._inside += [tuple(t.shape) for t in _tensors(out)[:1]]
         elif name not in _COPIES:  # whether a reshape has to copy depends on how many heads are left, for example
             shapes = [tuple(t.shape) for t in _tensors(out)]
             if shapes:
