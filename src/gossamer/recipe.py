@@ -35,6 +35,7 @@ class Prune(_Step):
     compensate: bool = True
     reestimate_bn: bool = True
     ignore: tuple[str, ...] = ()
+    attention: Literal["heads", "head_dim"] = "heads"
     schedule: Literal["one_shot", "iterative", "cubic"] = "one_shot"
     steps: int = Field(1, ge=1)
     epochs: int = Field(0, ge=0)

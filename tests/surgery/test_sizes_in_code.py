@@ -89,6 +89,30 @@ def test_heads_leave_an_attention_that_counts_them_itself(style):
     made.model.train()(torch.randn(3, 5, 6)).sum().backward()
 
 
+@pytest.mark.parametrize("style", ["attribute", "numbers", "batch"])
+def test_positions_leave_all_heads_and_the_scale_stays(style):
+    """Oracle: the original whose query, key and value rows at those positions are zero, so that they add nothing to any score."""
+    import copy
+
+    torch.manual_seed(0)
+    net, inputs = Net(style).eval(), (torch.randn(2, 5, 6),)
+    traced = trace(net, inputs, attention="head_dim")
+    group = next(g for g in traced.channels.groups if g.name == "attention.qkv")
+    assert (len(group.classes), group.width) == (8, 12)
+    removed = torch.zeros(traced.channels.num_classes, dtype=torch.bool)
+    removed[group.classes[[0, 3, 6]]] = True
+    made = cut(net, traced, removed)
+    assert not made.notes
+    assert made.model.attention.qkv.out_features == 60
+    zeroed = copy.deepcopy(net)
+    rows = [part * 32 + head * 8 + d for part in range(3) for head in range(4) for d in (0, 3, 6)]
+    with torch.no_grad():
+        zeroed.attention.qkv.weight[rows] = 0
+        zeroed.attention.qkv.bias[rows] = 0
+    x = torch.randn(7, 5, 6)
+    torch.testing.assert_close(made.model(x), zeroed(x), rtol=1e-4, atol=1e-5)
+
+
 def test_slices_at_fixed_positions_follow_what_is_left_of_each():
     torch.manual_seed(0)
     net, inputs = Net("slices").eval(), (torch.randn(2, 5, 6),)
@@ -97,6 +121,32 @@ def test_slices_at_fixed_positions_follow_what_is_left_of_each():
     assert result.model.attention.qkv.out_features < 96
     assert any(isinstance(e, RescaleCall) and e.call == "__getitem__" for e in result.plan)
     result.model(torch.randn(7, 5, 6))
+
+
+def test_a_size_that_the_code_insists_on_is_found_in_an_attribute():
+    class Groups(nn.Module):
+        def __init__(self, channels, groups):
+            super().__init__()
+            self.weight, self.groups = nn.Parameter(torch.rand(channels)), groups
+
+        def forward(self, x):
+            b, c, h, w = x.shape
+            assert c == 4 * self.groups
+            y = x.view(b, self.groups, c // self.groups, h, w)
+            return (y / (1 + y.abs().amax((2, 3, 4), keepdim=True))).view(b, c, h, w) * self.weight.view(1, -1, 1, 1)
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), Groups(16, 4), nn.Conv2d(16, 8, 3), Groups(8, 2), nn.Conv2d(8, 2, 3)).eval()
+    inputs = (torch.randn(2, 3, 12, 12),)
+    traced = trace(net, inputs)
+    removed = torch.zeros(traced.channels.num_classes, dtype=torch.bool)
+    for group in traced.channels.groups:
+        assert group.width == 4
+        removed[group.classes[:1]] = True
+    made = cut(net, traced, removed)
+    assert (made.model[1].groups, made.model[3].groups) == (3, 1)
+    assert not made.notes
+    assert made.proof.holds
 
 
 def test_an_attribute_is_preferred_to_a_number_in_a_call():

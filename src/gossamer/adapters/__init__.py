@@ -2,15 +2,17 @@
 
 from gossamer.adapters.attention import FreeMultiheadAttention, adapt_attention, free_attention, original_attention
 from gossamer.adapters.numbers import NUMBERED, numbers_in, with_numbers
-from gossamer.adapters.rescaling import rescale_calls
+from gossamer.adapters.rescaling import SCALE, rescale_calls, sets_scale
 
 __all__ = [
     "NUMBERED",
+    "SCALE",
     "FreeMultiheadAttention",
     "adapt_attention",
     "free_attention",
     "numbers_in",
     "original_attention",
     "rescale_calls",
+    "sets_scale",
     "with_numbers",
 ]

@@ -17,6 +17,15 @@ Ratios = dict[int, tuple[float, float]]
 _TABLE = "_gossamer_calls"
 
 
+SCALE = -1
+"""Position that stands for the head size from which an attention derives its scale."""
+
+
+def sets_scale(name: str, args: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call is an attention that derives its scale from the size of its heads."""
+    return name == "scaled_dot_product_attention" and kwargs.get("scale") is None and len(args) > 0 and hasattr(args[0], "shape")
+
+
 class _Rescaling(TorchFunctionMode):
     """Counts the calls of each numbered function, and rescales those in the table."""
 
@@ -34,6 +43,9 @@ class _Rescaling(TorchFunctionMode):
             ratios = self.table.get((name, ordinal))
             if ratios is not None:
                 args, kwargs = with_numbers(args, kwargs, ratios)
+                if SCALE in ratios and sets_scale(name, args, kwargs):
+                    up, down = ratios[SCALE]
+                    kwargs = {**kwargs, "scale": (args[0].shape[-1] * down / up) ** -0.5}
         return func(*args, **kwargs)
 
 
@@ -72,7 +84,7 @@ def rescale_calls(module: nn.Module, call: str, ordinal: int, ratios: Mapping[in
         module: changed in place; it stays an instance of its class.
         call: name of the torch function, ``"view"``, ``"__getitem__"``, ...
         ordinal: calls of that name before this one in the module's forward, submodules included.
-        ratios: position among the call's leaves -> numerator and denominator; multiplied with what was set before.
+        ratios: position among the call's leaves (or `SCALE`) -> numerator and denominator; multiplied with what was set before.
     """
     if not getattr(type(module), "_rescaled", False):
         module.__class__ = _rescaled(type(module))

@@ -71,6 +71,7 @@ def _prune(step: Prune, model: nn.Module, job: Job, tick: Callable[[int, int], N
         "ignore": step.ignore,
         "round_to": step.round_to,
         "scope": step.scope,
+        "attention": step.attention,
         "seed": job.seed,
         "progress": tick,
     }

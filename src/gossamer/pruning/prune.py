@@ -42,6 +42,7 @@ def prune(
     round_to: int = 1,
     scope: str = "global",
     floor: float = 0.1,
+    attention: str = "heads",
     threads: int = 1,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
@@ -71,6 +72,7 @@ def prune(
         round_to: channel counts that change become multiples of this; 8 for a latency target where it is left at 1.
         scope: ``"global"`` lets layers compete, ``"layer"`` takes the same fraction of each.
         floor: fraction of each family that stays at least, in [0, 1].
+        attention: what leaves an attention: ``"heads"`` (whole ones), or ``"head_dim"`` (the same positions of all of them).
         threads: of ONNX Runtime, for a latency target.
         seed: of ``importance="random"``.
         progress: called with stages done and all.
@@ -96,7 +98,7 @@ def prune(
         target = _within(fraction(target, model, example_inputs, threads=threads), latency)
         round_to = round_to if round_to > 1 else STEP
     assert isinstance(target, float)
-    traced = trace(model, example_inputs)
+    traced = trace(model, example_inputs, attention=attention)
     if not traced.channels.groups:
         raise NothingToDo("nothing can be pruned: " + _reasons(traced))
 

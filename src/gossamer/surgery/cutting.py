@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,9 +14,9 @@ from gossamer.result import Proof
 from gossamer.surgery.edits import attention_edits, attribute_edits, keep_edits
 from gossamer.surgery.prediction import Prediction
 from gossamer.surgery.proof import prove
-from gossamer.surgery.repair import Repair, attribute_guesses, call_edits, size
+from gossamer.surgery.repair import Repair, attribute_guesses, call_edits, size, whole_numbers
 from gossamer.surgery.replay import classes_through, first_divergence
-from gossamer.trace import Step, Trace
+from gossamer.trace import Trace
 
 _ROUNDS = 40  # each freezes at least one class that was to be removed
 _PATIENCE = 3  # attempts after which what fails in one module is left in in all modules of its class
@@ -77,32 +77,72 @@ def cut(model: nn.Module, traced: Trace, removed: Tensor) -> Cut:
     removed = removed.cpu() & allowed
     frozen = torch.zeros_like(removed)
     notes: list[str] = []
+    claims: list[Claim] = []
+    last = -1
     for attempt in range(_ROUNDS):
         if not bool(removed.any()):
             raise NothingToDo("nothing can be removed" + (f": {'; '.join(notes[:3])}" if notes else ""))
-        network, edits = _apply(model, traced, removed)
+        network, edits = _apply(model, traced, removed, claims)
         where = first_divergence(network, traced, removed)
         if where is None:
-            proof = _prove(model, network, traced, removed)
+            proof = _prove(model, network, traced, removed, claims)
             if proof.difference is None or proof.holds:
                 return Cut(network, tuple(edits), proof, removed, frozen, tuple(notes))
-            suspects, note = _suspects(model, traced, removed, proof)
+            suspects, note = _suspects(model, traced, removed, proof, claims)
         else:
-            suspects, note = _through(model, traced, removed, *where, alike=attempt >= _PATIENCE)
+            more = _claims(model, traced, removed, where.step) if where.raised and where.step > last else []
+            last = where.step
+            if more:  # the code refused a size before it computed anything: an attribute may say what it expects
+                claims += more
+                continue
+            claims = [c for c in claims if c.step != where.step]
+            suspects, note = _through(model, traced, removed, where.step, where.what, alike=attempt >= _PATIENCE)
         notes.append(note)
         frozen |= suspects
         removed = removed & ~suspects
     raise ProofError(f"the network could not be cut in {_ROUNDS} attempts: {notes[-1]}")
 
 
-def _apply(model: nn.Module, traced: Trace, removed: Tensor) -> tuple[nn.Module, list[StructureEdit]]:
+@dataclass(frozen=True)
+class Claim:
+    """An attribute is taken to be the size of one dimension of what a step makes."""
+
+    module: str
+    name: str
+    step: int
+    dim: int
+
+
+def _claims(model: nn.Module, traced: Trace, removed: Tensor, at: int) -> list[Claim]:
+    """Whole-number attributes equal to a size that changes in a step, in all modules of the class."""
+    predict = Prediction(traced, removed)
+    found = []
+    for i in _alike(model, traced, at):
+        step = traced.steps[i]
+        new = predict.shapes(step)[0] if step.outputs else None
+        values = whole_numbers(model.get_submodule(step.path))
+        for d, old in enumerate(step.shapes[0] if new is not None else ()):
+            if new is not None and new[d] != old:
+                found += [Claim(step.path, name, i, d) for name, value in values.items() if value == old]
+    return found
+
+
+def _apply(model: nn.Module, traced: Trace, removed: Tensor, claims: Sequence[Claim] = ()) -> tuple[nn.Module, list[StructureEdit]]:
     """The cut network: tensors, then what modules declare, then the sizes that their code holds for itself."""
     masks = traced.channels.keep_masks(removed)
     kept = keep_edits(masks)
     network = apply_structure(model, kept)
     edits: list[StructureEdit] = [*attribute_edits(model, network, masks, traced, removed), *attention_edits(network, masks)]
     network = apply_structure(network, edits, copied=True)
-    repair = Repair(traced, Prediction(traced, removed))
+    predict = Prediction(traced, removed)
+    claimed = []
+    for claim in claims:
+        shape = predict.shapes(traced.steps[claim.step])[0]
+        if shape is not None and shape[claim.dim] != getattr(network.get_submodule(claim.module), claim.name):
+            claimed.append(SetAttribute(module=claim.module, name=claim.name, value=shape[claim.dim]))
+    edits += claimed
+    network = apply_structure(network, claimed, copied=True)
+    repair = Repair(traced, predict)
     needed = repair.needed(network)
     for guess in attribute_guesses(network, needed) if needed else ():
         before = [SetAttribute(module=e.module, name=e.name, value=getattr(network.get_submodule(e.module), e.name)) for e in guess]
@@ -123,37 +163,37 @@ def _through(model: nn.Module, traced: Trace, removed: Tensor, at: int, what: st
         found = classes_through(step, traced)
         if bool((found & removed).any()):
             for other in _alike(model, traced, i) if alike else ():
-                found |= classes_through(other, traced)
+                found |= classes_through(traced.steps[other], traced)
             return found, f"left in: channels through {step.op} in {step.path or 'the network itself'}, which {what}"
     return removed.clone(), f"left in: everything, because the cut network {what}"
 
 
-def _alike(model: nn.Module, traced: Trace, at: int) -> Iterator[Step]:
-    """The same step in all other modules of the same class: the same operation, as many of its kind before it."""
+def _alike(model: nn.Module, traced: Trace, at: int) -> Iterator[int]:
+    """The same step in this and all other modules of the same class: the same operation, as many of its kind before it."""
     kinds = {n: type(m) for n, m in model.named_modules()}
     seen: dict[tuple[str, str], int] = {}
     places: list[tuple[type | None, str, int]] = []
     for step in traced.steps:
         n = seen[step.path, step.op] = seen.get((step.path, step.op), -1) + 1
         places.append((kinds.get(step.path), step.op, n))
-    yield from (s for s, place in zip(traced.steps, places, strict=True) if place == places[at])
+    yield from (i for i, place in enumerate(places) if place == places[at])
 
 
-def _prove(model: nn.Module, network: nn.Module, traced: Trace, removed: Tensor) -> Proof:
+def _prove(model: nn.Module, network: nn.Module, traced: Trace, removed: Tensor, claims: Sequence[Claim]) -> Proof:
     inexact = torch.from_numpy(traced.classes.inexact)
     reasons = {g.name: g.inexact[0] for g in traced.channels.groups if g.inexact and bool((removed & inexact)[g.classes].any())}
     exact = removed & ~inexact
     if not bool(exact.any()):
         return Proof("zeroed", None, inexact=reasons)
     if bool((removed & inexact).any()):
-        network, _ = _apply(model, traced, exact)
+        network, _ = _apply(model, traced, exact, claims)
         where = first_divergence(network, traced, exact)
         if where is not None:
             return Proof("zeroed", float("inf"), inexact=reasons)
     return replace(prove(model, network, traced, exact), inexact=reasons)
 
 
-def _suspects(model: nn.Module, traced: Trace, removed: Tensor, proof: Proof) -> tuple[Tensor, str]:
+def _suspects(model: nn.Module, traced: Trace, removed: Tensor, proof: Proof, claims: Sequence[Claim]) -> tuple[Tensor, str]:
     """The families whose removal alone breaks the proof; all of them where none does."""
     found = torch.zeros_like(removed)
     names = []
@@ -161,9 +201,9 @@ def _suspects(model: nn.Module, traced: Trace, removed: Tensor, proof: Proof) ->
         alone = torch.zeros_like(removed)
         alone[group.classes] = removed[group.classes]
         if bool(alone.any()):
-            network, _ = _apply(model, traced, alone)
+            network, _ = _apply(model, traced, alone, claims)
             broken = first_divergence(network, traced, alone) is not None
-            one = None if broken else _prove(model, network, traced, alone)
+            one = None if broken else _prove(model, network, traced, alone, claims)
             if broken or (one is not None and one.difference is not None and not one.holds):
                 found[group.classes] = True
                 names.append(group.name)

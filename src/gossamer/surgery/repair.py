@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from gossamer.adapters import free_attention, with_numbers
+from gossamer.adapters import SCALE, free_attention, numbers_in, sets_scale, with_numbers
 from gossamer.plan import RescaleCall, SetAttribute
 from gossamer.sources.batches import call
 from gossamer.surgery.prediction import Prediction
@@ -114,11 +114,13 @@ class Repair:
             number += 1
             if number >= len(self.traced.sites) or self.traced.sites[number].call != name:
                 raise _Stop
+            site = self.traced.sites[number]
+            if sets_scale(name, args, kwargs) and site.leaves[-1] != args[0].shape[-1]:
+                needed[site.path, site.call, site.ordinal] = {SCALE: (int(args[0].shape[-1]), site.leaves[-1])}
             wanted = self.wanted(number)
             if not wanted:
                 return args, kwargs
-            site = self.traced.sites[number]
-            now = _leaves(args, kwargs)
+            now = numbers_in(args, kwargs)
             ratios = {
                 i: (v, now[i])
                 for i, v in wanted.items()
@@ -126,19 +128,13 @@ class Repair:
             }
             if not ratios:
                 return args, kwargs
-            needed[site.path, site.call, site.ordinal] = ratios
+            needed[site.path, site.call, site.ordinal] = needed.get((site.path, site.call, site.ordinal), {}) | ratios
             changed = with_numbers(args, kwargs, ratios)
             return changed
 
         with plain_forward(model), free_attention(model), suppress(Exception), Sites(before, lambda: None):
             call(model, self.traced.example_inputs)  # a failure is found again when the network is held against its trace
         return needed
-
-
-def _leaves(args: Any, kwargs: Any) -> list[Any]:
-    from gossamer.adapters import numbers_in
-
-    return numbers_in(args, kwargs)
 
 
 def _run(leaves: Sequence[Any], old: Sequence[int], new: Sequence[int], first: int = 0) -> dict[int, Number]:
@@ -172,7 +168,7 @@ def attribute_guesses(model: nn.Module, needed: Needed) -> list[list[SetAttribut
     guesses: dict[tuple[type, str], dict[str, Number | None]] = {}
     for (path, _, _), ratios in needed.items():
         module = model.get_submodule(path)
-        values = _whole(module)
+        values = whole_numbers(module)
         for up, down in ratios.values():
             for name, value in values.items():
                 if value == down and isinstance(up, int):
@@ -185,7 +181,8 @@ def attribute_guesses(model: nn.Module, needed: Needed) -> list[list[SetAttribut
     ]
 
 
-def _whole(module: nn.Module) -> Mapping[str, int]:
+def whole_numbers(module: nn.Module) -> Mapping[str, int]:
+    """Attributes of a module that could be sizes: whole numbers above 1 that belong to the module's own code."""
     return {n: v for n, v in vars(module).items() if type(v) is int and v > 1 and not n.startswith("_")}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import isclose
 from typing import Any
 
@@ -106,7 +107,22 @@ def _tensors(out: Any) -> list[Tensor]:
     return [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor)] if out is not None else []
 
 
-def first_divergence(model: nn.Module, traced: Trace, removed: Tensor) -> tuple[int, str] | None:
+@dataclass(frozen=True)
+class Divergence:
+    """Where a pass went another way.
+
+    Attributes:
+        step: index into the trace's steps.
+        what: happened there.
+        raised: whether the code refused to go on, rather than computing something else.
+    """
+
+    step: int
+    what: str
+    raised: bool = False
+
+
+def first_divergence(model: nn.Module, traced: Trace, removed: Tensor) -> Divergence | None:
     """Where a cut network first does something else than its trace predicts.
 
     Args:
@@ -115,7 +131,7 @@ def first_divergence(model: nn.Module, traced: Trace, removed: Tensor) -> tuple[
         removed: bool, shape ``(num_classes,)``.
 
     Returns:
-        Index of the step and what happened there; None where the pass runs as predicted.
+        The step and what happened there; None where the pass runs as predicted.
     """
     check = _Check(traced, Prediction(traced, removed))
     with plain_forward(model), free_attention(model):
@@ -124,15 +140,15 @@ def first_divergence(model: nn.Module, traced: Trace, removed: Tensor) -> tuple[
                 call(model, traced.example_inputs)
             check.finish()
         except _Diverged:
-            return check.at, check.what
+            return Divergence(check.at, check.what)
         except Exception as e:
             if check.what:  # user code caught and wrapped it
-                return check.at, check.what
+                return Divergence(check.at, check.what)
             reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-            return min(check.at, len(traced.steps) - 1), reason
+            return Divergence(min(check.at, len(traced.steps) - 1), reason, raised=True)
     left = [s for s in traced.steps[check.at :] if s.op not in _COPIES]
     if left:
-        return len(traced.steps) - 1, f"runs {check.at} operations instead of {len(traced.steps)}"
+        return Divergence(len(traced.steps) - 1, f"runs {check.at} operations instead of {len(traced.steps)}")
     return None
 
 

@@ -168,6 +168,9 @@ def _describe(ledger: Ledger, of: Array, n: int, frozen: dict[int, str], inexact
     for role, mark in (("out", produces), ("in", consumes)):
         which = np.array([role in r for r in roles], dtype=bool)
         mark[of[1:][which[owner[1:]]]] = True
+    for eaten in ledger.consumed:
+        inside = of[eaten]
+        consumes[inside[inside >= 0]] = True
     axes = []
     for o, r in zip(ledger.origins, roles, strict=True):
         if not o.tensor:

@@ -169,12 +169,14 @@ def attention(watch: Watch, call: Call) -> list[Planes]:
 def contract(watch: Watch, call: Call, a: Operand, b: Operand, a_is_weight: bool, b_is_weight: bool) -> Planes:
     """Planes of ``a @ b``, shapes ``(..., n, k) @ (..., k, m)``.
 
-    Labels along ``k`` meet. Where they vary along the batch as well (attention heads), all labels of one batch entry are coupled.
+    Labels along ``k`` meet. Where they vary along the batch as well (attention heads), all labels of one batch entry are coupled, or, where
+    columns leave, all labels at one position.
     """
     ledger = watch.ledger
     nd = max(len(a.shape), len(b.shape))
-    a_passed, a_met = _sides(watch, call, a, -1, -2)
-    b_passed, b_met = _sides(watch, call, b, -2, -1)
+    columns = ledger.columns and not (a_is_weight or b_is_weight)
+    a_passed, a_met = _sides(watch, call, a, -1, -2, columns)
+    b_passed, b_met = _sides(watch, call, b, -2, -1, columns)
     for passed, met, weight in ((a_passed, a_met, a_is_weight), (b_passed, b_met, b_is_weight)):
         if weight:
             for p in met:
@@ -188,6 +190,8 @@ def contract(watch: Watch, call: Call, a: Operand, b: Operand, a_is_weight: bool
         ]
         for p in join(ledger, meeting, nd - 1, call.where):
             if not (a_is_weight or b_is_weight) and varies(p) == [nd - 2]:
+                if columns:
+                    ledger.consume(p)
                 ledger.blur(p, lambda: f"two activations are multiplied over these channels in {call.where()}")
     sides = [
         Operand((*a.shape[:-1], 1), a_passed, a.what),
@@ -196,13 +200,15 @@ def contract(watch: Watch, call: Call, a: Operand, b: Operand, a_is_weight: bool
     return join(ledger, sides, nd, call.where)
 
 
-def _sides(watch: Watch, call: Call, x: Operand, k: int, free: int) -> tuple[Planes, Planes]:
+def _sides(watch: Watch, call: Call, x: Operand, k: int, free: int, columns: bool) -> tuple[Planes, Planes]:
     """Planes that reach the result, and planes that are contracted, of one operand."""
     passed, met = [], []
     for p in x.planes:
         if p.shape[k] > 1 and p.shape[free] > 1:
             watch.ledger.freeze(p, lambda: f"laid out over both sides of {call.where()}")
         elif p.shape[k] > 1:
+            if columns:
+                p = collapse(watch.ledger, p, [d for d in range(p.dim()) if d != p.dim() + k], call.where)
             met.append(p)
             if p.numel() > p.shape[k]:
                 passed.append(collapse(watch.ledger, p, [k], call.where))

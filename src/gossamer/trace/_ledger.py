@@ -80,6 +80,7 @@ class Ledger:
         self.frozen: list[tuple[Array, str]] = []
         self.inexact: list[tuple[Array, str]] = []
         self.rectangles: list[Rectangle] = []
+        self.consumed: list[Array] = []
         self.slots: list[Array] = []
         self.rows: list[tuple[Array, str]] = []
         self.declared: dict[str, Array] = {}
@@ -123,6 +124,10 @@ class Ledger:
             self.freeze(torch.from_numpy(np.maximum(x, y)[alone]), reason)
             x, y = x[~alone], y[~alone]
         self.pairs.append((x, y))
+
+    def consume(self, labels: Tensor) -> None:
+        """An operation without weights of its own sums over these labels."""
+        self.consumed.append(flat(labels))
 
     def freeze(self, labels: Tensor, reason: Reason) -> None:
         """These labels must stay."""

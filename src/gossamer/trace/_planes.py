@@ -114,7 +114,7 @@ def join(ledger: Ledger, operands: Sequence[Operand], ndim: int, where: Callable
                     continue
                 dims = varies(merged)
                 sized = [d for d in dims if shapes[j][d] > 1 and not any(q.shape[d] > 1 for q in planes[j])]
-                if sized and len(sized) < len(dims) and not ledger.columns:
+                if sized and len(sized) < len(dims):
                     merged = collapse(ledger, merged, sized, where)
                 elif sized:
                     ledger.freeze(merged, lambda other=other: f"meets {other.what} in {where()}")  # type: ignore[misc]

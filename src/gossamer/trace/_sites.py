@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.overrides import TorchFunctionMode
 
-from gossamer.adapters import NUMBERED, numbers_in
+from gossamer.adapters import NUMBERED, numbers_in, sets_scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,8 @@ class Site:
         path: innermost module whose forward was running.
         call: name of the function.
         ordinal: calls of that name before this one in that module's forward, submodules included.
-        leaves: the numbers among its arguments, as `gossamer.adapters.numbers_in` lists them.
+        leaves: the numbers among its arguments, as `gossamer.adapters.numbers_in` lists them; of an attention that derives its scale from
+            the head size, the head size at the end.
     """
 
     path: str
@@ -69,4 +70,7 @@ class Counter:
         ordinal = seen.get(name, 0)
         for counts in {id(c): c for _, c in self.running}.values():
             counts[name] = counts.get(name, 0) + 1
-        return Site(path, name, ordinal, tuple(numbers_in(args, kwargs)))
+        leaves = numbers_in(args, kwargs)
+        if sets_scale(name, args, kwargs):
+            leaves.append(int(args[0].shape[-1]))
+        return Site(path, name, ordinal, tuple(leaves))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.adapters import free_attention
-from gossamer.errors import TraceError
+from gossamer.errors import TraceError, UsageError, near
 from gossamer.result import ExampleInputs, Profile
 from gossamer.sources.batches import call, check_inputs, outputs
 from gossamer.trace._classes import Classes, has_free_rows, resolve
@@ -67,7 +67,11 @@ class Trace:
         return replace(self, channels=classes.channels, classes=classes)
 
 
-def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
+ATTENTION = ("heads", "head_dim")
+"""What leaves an attention: whole heads, or the same positions of all heads."""
+
+
+def trace(model: nn.Module, example_inputs: ExampleInputs, *, attention: str = "heads") -> Trace:
     """Watch one forward pass: which channels belong together, what cannot be pruned and why, what each layer costs.
 
     Example:
@@ -79,17 +83,22 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
     Args:
         model: the network; it is left as it is, mode, buffers and random state included.
         example_inputs: a tuple of positional inputs, or a dict of keyword inputs.
+        attention: what can leave an attention: ``"heads"`` (whole ones), or ``"head_dim"`` (the same positions of all of them).
 
     Returns:
         A `Trace`; the same network and inputs give the same class ids.
 
     Raises:
         TraceError: the forward pass fails on the inputs.
+        UsageError: another value of ``attention``.
     """
+    if attention not in ATTENTION:
+        raise UsageError(f"attention={attention!r}: known are {', '.join(ATTENTION)}{near(str(attention), ATTENTION)}")
     example_inputs = check_inputs(example_inputs)
-    ledger, steps, watch, out = _watched(model, example_inputs, {})
+    columns = attention == "head_dim"
+    ledger, steps, watch, out = _watched(model, example_inputs, {}, columns)
     if watch.written:  # tensors that are filled part by part: once more, with labels for those
-        ledger, steps, watch, out = _watched(model, example_inputs, watch.written)
+        ledger, steps, watch, out = _watched(model, example_inputs, watch.written, columns)
     sites = tuple(watch.sites)
     _freeze_outputs(watch, ledger, out)
     profile = _profile(model, watch)
@@ -99,8 +108,10 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
     return Trace(classes.channels, profile, example_inputs, classes, tuple(steps), sites, ledger.declared, ledger)
 
 
-def _watched(model: nn.Module, example_inputs: ExampleInputs, written: dict[int, set[int]]) -> tuple[Ledger, list[Step], Watch, Any]:
-    ledger, steps = Ledger(), list[Step]()
+def _watched(
+    model: nn.Module, example_inputs: ExampleInputs, written: dict[int, set[int]], columns: bool
+) -> tuple[Ledger, list[Step], Watch, Any]:
+    ledger, steps = Ledger(columns=columns), list[Step]()
     watch = Watch(model, ledger, steps.append, written)
     return ledger, steps, watch, _run(model, example_inputs, watch)
 
@@ -135,7 +146,7 @@ def _watch_unvisited(model: nn.Module, example_inputs: ExampleInputs, watch: Wat
     return dict.fromkeys(left(), reason)
 
 
-def channels(model: nn.Module, example_inputs: ExampleInputs) -> ChannelMap:
+def channels(model: nn.Module, example_inputs: ExampleInputs, *, attention: str = "heads") -> ChannelMap:
     """Which channels of a network live and die together, and which must stay and why.
 
     Example:
@@ -147,6 +158,7 @@ def channels(model: nn.Module, example_inputs: ExampleInputs) -> ChannelMap:
     Args:
         model: the network; it is left as it is.
         example_inputs: a tuple of positional inputs, or a dict of keyword inputs.
+        attention: what can leave an attention: ``"heads"``, or ``"head_dim"`` (the same positions of all heads).
 
     Returns:
         A `ChannelMap`; it prints as a table.
@@ -154,7 +166,7 @@ def channels(model: nn.Module, example_inputs: ExampleInputs) -> ChannelMap:
     Raises:
         TraceError: the forward pass fails on the inputs.
     """
-    return trace(model, example_inputs).channels
+    return trace(model, example_inputs, attention=attention).channels
 
 
 def costs(model: nn.Module, example_inputs: ExampleInputs) -> Profile:
