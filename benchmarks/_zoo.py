@@ -109,9 +109,14 @@ def runs(net: nn.Module, inputs: tuple[Tensor, ...], *, training: bool) -> str:
 def with_gossamer(net: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Any]:
     """Half the channels, no configuration."""
     import gossamer as gs
+    from gossamer.surgery import cut_once
     from gossamer.trace import trace
 
     traced, trace_s = clock(lambda: trace(net, inputs))
+    removed = torch.zeros(traced.channels.num_classes, dtype=torch.bool)
+    for g in traced.channels.groups:
+        removed[g.classes[: len(g.classes) // 2]] = True
+    _, surgery_s = clock(lambda: cut_once(net, traced, removed))
     result, prune_s = clock(lambda: gs.prune(net, inputs, ratio=0.5))
     proof = result.proof
     reasons: dict[str, int] = {}
@@ -119,6 +124,7 @@ def with_gossamer(net: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Any]:
         reasons[g.frozen or ""] = reasons.get(g.frozen or "", 0) + 1
     return {
         "trace_s": trace_s,
+        "surgery_s": surgery_s,
         "prune_s": prune_s,
         "groups": len(traced.channels.groups),
         "frozen": reasons,

@@ -18,6 +18,7 @@ from torch import nn
 from gossamer.errors import RunFolderError, SourceError, WeightsError
 from gossamer.plan import Plan
 from gossamer.result import Result
+from gossamer.sources.weights import load_versioned
 
 PLAN, WEIGHTS, ENVIRONMENT, ONNX, REPORT = "plan.json", "model.safetensors", "environment.json", "model.onnx", "report.json"
 
@@ -95,7 +96,7 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     wrong += [f"{n}: missing from the file" for n in own if n not in state] + [f"{n}: not in the network" for n in state if n not in own]
     if wrong:
         raise WeightsError(f"{path} does not fit the network ({len(wrong)} tensors): " + "; ".join(wrong[:3]))
-    model.load_state_dict(state)
+    load_versioned(model, state)
     return model
 
 

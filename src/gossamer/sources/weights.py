@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,14 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], *, where: str) -> None:
     if problems:
         more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise WeightsError(f"{where} does not fit {type(model).__name__} ({len(problems)} tensors differ): {'; '.join(problems[:4])}{more}")
-    model.load_state_dict(dict(state), strict=False)
+    load_versioned(model, state, strict=False)
+
+
+def load_versioned(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = True) -> None:
+    """``model.load_state_dict``, with the versions of its own modules where the state dict carries none (safetensors hold tensors alone)."""
+    versioned = OrderedDict(state)
+    versioned._metadata = getattr(state, "_metadata", None) or model.state_dict()._metadata  # type: ignore[attr-defined]
+    model.load_state_dict(versioned, strict=strict)
 
 
 def _shape(tensor: Tensor) -> str:

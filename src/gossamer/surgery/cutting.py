@@ -103,6 +103,12 @@ def cut(model: nn.Module, traced: Trace, removed: Tensor) -> Cut:
     raise ProofError(f"the network could not be cut in {_ROUNDS} attempts: {notes[-1]}")
 
 
+def cut_once(model: nn.Module, traced: Trace, removed: Tensor) -> tuple[nn.Module, bool]:
+    """Cut and hold against the trace, once and without the proof: the network, and whether it ran as predicted. `cut` is what to use."""
+    network, _ = _apply(model, traced, removed)
+    return network, first_divergence(network, traced, removed) is None
+
+
 @dataclass(frozen=True)
 class Claim:
     """An attribute is taken to be the size of one dimension of what a step makes."""

@@ -51,6 +51,8 @@ def attribute_edits(original: nn.Module, cut: nn.Module, masks: Masks, traced: T
                 if isinstance(module, kind):
                     edits += _changed(path, cast(nn.Module, module), describe(module, original.get_submodule(path), _of(masks, path)))
                     break
+            else:
+                edits += _changed(path, module, _norm_of_its_own(module, original.get_submodule(path)))
     of = traced.classes.of
     for path, labels in traced.declared.items():
         module = cut.get_submodule(path)
@@ -105,6 +107,14 @@ def _group_norm(module: Any, old: Any, masks: Masks) -> dict[str, Any]:
         if bool((rows.all(1) | ~rows.any(1)).all()):
             groups = int(rows.any(1).sum())
     return {"num_channels": module.weight.shape[0], "num_groups": groups}
+
+
+def _norm_of_its_own(module: nn.Module, old: nn.Module) -> dict[str, Any]:
+    """A norm that is not torch's, but declares its shape as torch's do."""
+    weight, before = getattr(module, "weight", None), getattr(old, "weight", None)
+    if isinstance(weight, Tensor) and isinstance(before, Tensor) and tuple(getattr(old, "normalized_shape", ())) == tuple(before.shape):
+        return {"normalized_shape": tuple(weight.shape)}
+    return {}
 
 
 _DECLARES: tuple[tuple[type | tuple[type, ...], Callable[[Any, Any, Masks], dict[str, Any]]], ...] = (
