@@ -353,3 +353,27 @@ def test_an_unknown_schedule_is_one_line():
 
     with pytest.raises(UsageError, match="cubic"):
         prune_in_steps(network(), INPUTS, schedule="cubik", ratio=0.5)
+
+
+def test_compensation_reaches_the_output_projection_of_an_attention():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.head = nn.MultiheadAttention(16, 4, batch_first=True), nn.Linear(16, 3)
+
+        def forward(self, x):
+            return self.head(self.attention(x, x, x, need_weights=False)[0])
+
+    torch.manual_seed(0)
+    net, data = Block().eval(), [torch.randn(32, 5, 16) for _ in range(4)]
+    with torch.no_grad():  # heads that say nearly the same, so that those that stay can speak for those that go
+        w = net.attention.in_proj_weight.view(3, 4, 4, 16)
+        w[:, 2:] = w[:, :2] + 0.01 * torch.randn_like(w[:, :2])
+        net.attention.out_proj.weight[:, 8:] *= 0.7
+    x = torch.randn(64, 5, 16)
+    errors = []
+    for compensate in (False, True):
+        result = gs.prune(net, (data[0][:1],), ratio=0.5, calibration=data, compensate=compensate, ignore=["head"], scope="layer")
+        assert result.model.attention.num_heads == 2
+        errors.append(float((result.model(x) - net(x)).square().mean().detach()))
+    assert errors[1] < 0.75 * errors[0]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from gossamer.adapters import free_attention
 from gossamer.plan import AddBias
 from gossamer.sources.batches import split
 
@@ -101,6 +102,20 @@ def compensate(
     Returns:
         The biases that were added, as edits, and one line for each thing that was left alone.
     """
+    with free_attention(original):  # so that the layers inside an attention are called as layers
+        return _compensate(original, pruned, masks, batches, example_inputs, ridge, stages, progress)
+
+
+def _compensate(
+    original: nn.Module,
+    pruned: nn.Module,
+    masks: Mapping[tuple[str, int], Tensor],
+    batches: Iterable[Any],
+    example_inputs: Any,
+    ridge: float,
+    stages: int,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[list[AddBias], tuple[str, ...]]:
     calls, notes = _consumers(original, masks, batches, example_inputs)
     consumers = list(dict.fromkeys(calls))
     norms = _following_norms(pruned, consumers, batches, example_inputs)
@@ -136,18 +151,20 @@ def _consumers(
     for (tensor, dim), mask in masks.items():
         path, _, leaf = tensor.rpartition(".")
         module = modules.get(path)
+        if leaf == "in_proj_weight" and dim == 1:
+            skipped.append(f"input projection of {path}")
         if leaf != "weight" or module is None or not isinstance(module, nn.Linear | _ConvNd):
             continue
         if _axis(module) == dim and mask.dim() == 1:
             wanted.append(path)
         elif mask.dim() == 2 and isinstance(module, _ConvNd):
-            skipped.append(path)
+            skipped.append(f"grouped convolution {path}")
     order: list[str] = []
     handles = [modules[n].register_forward_hook(lambda *_, n=n: order.append(n)) for n in wanted]
     _once(original, batches, example_inputs)
     for h in handles:
         h.remove()
-    note = (f"not compensated (grouped convolution): {', '.join(skipped[:3])}{' ...' if len(skipped) > 3 else ''}",) if skipped else ()
+    note = (f"not compensated: {', '.join(skipped[:3])}{f' and {len(skipped) - 3} more' if len(skipped) > 3 else ''}",) if skipped else ()
     return order, note
 
 

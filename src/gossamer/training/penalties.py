@@ -19,7 +19,7 @@ def bn_l1(model: nn.Module) -> Tensor:
     """Sum of the absolute scales of all batch norms (network slimming; Liu et al., ICCV 2017).
 
     Example:
-        >>> float(bn_l1(nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(2))))
+        >>> bn_l1(nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(2))).item()
         5.0
 
     Args:
@@ -45,7 +45,7 @@ def group_lasso(model: nn.Module) -> Tensor:
     Example:
         >>> layer = nn.Linear(4, 2, bias=False)
         >>> _ = nn.init.ones_(layer.weight)
-        >>> float(group_lasso(layer))
+        >>> group_lasso(layer).item()
         8.0
 
     Args:
