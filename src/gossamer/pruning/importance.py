@@ -71,9 +71,9 @@ def importance_scores(
     state = {n: t.detach() for n, t in model.state_dict().items()}
     match criterion:
         case "l1":
-            scores = class_sums(channels, {n: t.abs() for n, t in state.items() if t.is_floating_point()})
+            scores = class_sums(channels, state, torch.abs)
         case "l2":
-            scores = class_sums(channels, {n: t.double().square() for n, t in state.items() if t.is_floating_point()}).sqrt()
+            scores = class_sums(channels, state, torch.square).sqrt()
         case "bn_scale":
             scores = _bn_scales(model, channels, state)
         case "taylor":
@@ -91,23 +91,28 @@ def importance_scores(
     return per_family(channels, scores)
 
 
-def class_sums(channels: ChannelMap, values: Mapping[str, Tensor]) -> Tensor:
+def class_sums(channels: ChannelMap, values: Mapping[str, Tensor], change: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """Sum element values over every producing and consuming slice of each class.
 
     Args:
         channels: the channel map.
-        values: state-dict name -> value of each element; tensors that are absent count nothing.
+        values: state-dict name -> value of each element; tensors that are absent, or hold whole numbers, count nothing.
+        change: of the values, in double precision; one tensor at a time, so that no copy of all of them is held.
 
     Returns:
         float64, shape ``(num_classes,)``.
     """
     scores = torch.zeros(channels.num_classes, dtype=torch.float64)
+    name, changed = "", scores
     for axis in channels.axes:
-        v = values.get(axis.tensor)
-        if v is None or axis.role == "pointwise":
+        raw = values.get(axis.tensor)
+        if raw is None or axis.role == "pointwise" or not raw.is_floating_point():
             continue
         labels = axis.labels.cpu()
-        v = v.double().cpu()
+        if axis.tensor != name:
+            name, changed = axis.tensor, raw.double().cpu()
+            changed = changed if change is None else change(changed)
+        v = changed
         if labels.dim() == 2:
             v = v.unflatten(0, (labels.shape[0], -1)).movedim(axis.dim + 1, 1)
             sums = v.flatten(2).sum(2).reshape(-1)
@@ -139,7 +144,7 @@ def _bn_scales(model: nn.Module, channels: ChannelMap, state: Mapping[str, Tenso
             found[axis.labels[inside]] = True
     if not bool(found.any()):
         raise UsageError("importance='bn_scale' needs batch norms, of which the network has none on channels that can go: use 'l2'")
-    others = class_sums(channels, {n: t.double().square() for n, t in state.items() if t.is_floating_point()}).sqrt()
+    others = class_sums(channels, state, torch.square).sqrt()
     return torch.where(found, scales, others)
 
 
