@@ -129,8 +129,9 @@ def _per_layer(fams: Sequence[Family], cost: CostModel, target: float) -> list[i
 
 def _global(fams: Sequence[Family], cost: CostModel, start: float, target: float, per_cost: bool) -> list[int]:
     gone = [0] * len(fams)
-    for t in range(1, _ROUNDS + 1):
-        goal = start + (target - start) * t / _ROUNDS
+    rounds = _ROUNDS if per_cost else 1  # importance alone does not change on the way
+    for t in range(1, rounds + 1):
+        goal = start + (target - start) * t / rounds
         price = cost.marginal(_mask(fams, gone, cost.num_classes)).clamp(min=1e-12)
         price = price if per_cost else torch.ones_like(price)
         owner, upto, density = _units(fams, gone, price)

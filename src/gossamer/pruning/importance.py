@@ -97,7 +97,7 @@ def class_sums(channels: ChannelMap, values: Mapping[str, Tensor], change: Calla
     Args:
         channels: the channel map.
         values: state-dict name -> value of each element; tensors that are absent, or hold whole numbers, count nothing.
-        change: of the values, in double precision; one tensor at a time, so that no copy of all of them is held.
+        change: of the values, one tensor at a time, so that no copy of all of them is held; sums are taken in double precision.
 
     Returns:
         float64, shape ``(num_classes,)``.
@@ -110,14 +110,14 @@ def class_sums(channels: ChannelMap, values: Mapping[str, Tensor], change: Calla
             continue
         labels = axis.labels.cpu()
         if axis.tensor != name:
-            name, changed = axis.tensor, raw.double().cpu()
+            name, changed = axis.tensor, raw.cpu() if raw.dtype == torch.float64 else raw.float().cpu()
             changed = changed if change is None else change(changed)
         v = changed
         if labels.dim() == 2:
             v = v.unflatten(0, (labels.shape[0], -1)).movedim(axis.dim + 1, 1)
-            sums = v.flatten(2).sum(2).reshape(-1)
+            sums = v.flatten(2).sum(2, dtype=torch.float64).reshape(-1)
         else:
-            sums = v.movedim(axis.dim, 0).flatten(1).sum(1)
+            sums = v.movedim(axis.dim, 0).flatten(1).sum(1, dtype=torch.float64)
         flat = labels.reshape(-1)
         scores.index_add_(0, flat[flat >= 0], sums[flat >= 0])
     return scores
