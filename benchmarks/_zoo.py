@@ -214,7 +214,8 @@ def table(results: list[dict[str, Any]]) -> str:
         "*Works* means that it ran in eval and in train mode at another batch size. *Proof* is the largest relative difference to the original",
         "whose removed channels have no outgoing weights, over the groups that are exact. *Trace* and *prune* are multiples of one forward pass of",
         "the same network in the same process; *prune* is everything, the proof included. *Memory* is the growth of the process over what it held",
-        "with the network loaded, in MB, beside that of a plain forward pass.",
+        "with the network loaded, in MB, beside that of a plain forward pass. Collected on a shared machine of two cores, in several runs: ratios are",
+        "of one process each, seconds are not to be compared between networks. torch-pruning was run on some of the same networks, in the same run.",
         "",
     ]
     for suite in SUITES:
@@ -247,6 +248,11 @@ def _summary(suite: str, tool: str, rows: list[dict[str, Any]]) -> list[str]:
     if tool == "gossamer":
         traced = sorted(r["trace_s"] / r["forward_s"] for r in works)
         proofs = [r["proof"] for r in works if r["proof"] is not None]
+        both = sorted((r["trace_s"] + r["surgery_s"]) / r["forward_s"] for r in works if "surgery_s" in r)
+        if both:
+            parts.insert(
+                1, f"trace and surgery together take {statistics.median(both):.1f} forward passes at the median, {both[-1]:.1f} at most"
+            )
         parts.insert(
             1,
             f"largest proof {max(proofs):.1e} over {len(proofs)} networks; trace takes {statistics.median(traced):.1f} forward passes, {traced[-1]:.1f} at most",
