@@ -159,6 +159,26 @@ def test_an_attribute_is_preferred_to_a_number_in_a_call():
     assert not [e for e in result.plan if isinstance(e, RescaleCall)]
 
 
+def test_a_whole_number_that_scales_stays_what_it_was():
+    """Divided by the head size as a whole number, read off the width: half the width must not change the scores."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.q, self.head = nn.Linear(6, 32), nn.Linear(32, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            x = self.embed(x)
+            return self.head(self.q(x) / (x.shape[-1] // 4))
+
+    torch.manual_seed(0)
+    net, inputs = Net().eval(), (torch.randn(2, 6),)
+    result = gs.prune(net, inputs, ratio=0.5, ignore=["q"])
+    assert result.model.embed.out_features == 16
+    assert result.proof.holds
+    assert [e.ratios[0][1:] for e in result.plan if isinstance(e, RescaleCall)] == [(8, 4)]
+
+
 def test_the_width_goes_too_and_the_scale_stays():
     net, inputs = Net("numbers").eval(), (torch.randn(2, 5, 6),)
     result = gs.prune(net, inputs, ratio=0.5, scope="layer")

@@ -87,7 +87,7 @@ def prune(
         NothingToDo: nothing can be pruned; the reasons are listed.
         TraceError: the network fails on the example inputs.
     """
-    target, kind = _target(ratio=ratio, macs=macs, params=params, latency=latency)
+    target, kind = one_target(ratio=ratio, macs=macs, params=params, latency=latency)
     if scope not in ("global", "layer"):
         raise UsageError(f"scope={scope!r}: known are global, layer{near(str(scope), ('global', 'layer'))}")
     if round_to < 1 or not 0 <= floor <= 1:
@@ -95,7 +95,7 @@ def prune(
     _check_finite(model)
     example_inputs = check_inputs(example_inputs)
     if kind == "latency":
-        target = _within(fraction(target, model, example_inputs, threads=threads), latency)
+        target = within(fraction(target, model, example_inputs, threads=threads), latency)
         round_to = round_to if round_to > 1 else STEP
     assert isinstance(target, float)
     traced = trace(model, example_inputs, attention=attention)
@@ -137,7 +137,7 @@ def prune(
     )
 
 
-def _target(**given: float | str | None) -> tuple[float | str, str]:
+def one_target(**given: float | str | None) -> tuple[float | str, str]:
     """The one target: fraction to keep (or milliseconds as they were given), and of what."""
     named = {k: v for k, v in given.items() if v is not None}
     if len(named) != 1:
@@ -147,11 +147,12 @@ def _target(**given: float | str | None) -> tuple[float | str, str]:
         if kind != "latency":
             raise UsageError(f"{kind}={value!r}: give a fraction between 0 and 1 (exclusive)")
         return value, kind
-    _within(value, value, kind)
+    within(value, value, kind)
     return (1 - value if kind == "ratio" else float(value)), kind
 
 
-def _within(value: float, given: Any, kind: str = "latency") -> float:
+def within(value: float, given: Any, kind: str = "latency") -> float:
+    """The fraction, which must lie between 0 and 1; ``given`` is how the caller wrote it."""
     if not 0 < value < 1:
         said = "" if value == given else f" is {value:.2f} of the original's"
         raise UsageError(f"{kind}={given}{said}: give a fraction between 0 and 1 (exclusive)")
@@ -229,7 +230,7 @@ def _cut_to(
             cost = latency_costs(model, traced.channels, traced.profile, threads=threads, progress=progress)
         assert cost is not None
         start = cost.total(none)
-        removed = _chosen(fams, cost, (target - over_by) * start, scope, kind, bool(found))
+        removed = _chosen(fams, cost, (target - over_by) * start, scope, bool(found))
         if not bool(removed.any()):
             raise NothingToDo("nothing to prune: the target is met by the network as it is, or steps of round_to are too coarse for it")
         made = cut(model, traced, removed)
@@ -253,7 +254,7 @@ def _cut_to(
     return replace(made, notes=tuple(dict.fromkeys(notes))), after
 
 
-def _chosen(fams: Sequence[Family], cost: Any, goal: float, scope: str, kind: str, again: bool) -> Tensor:
+def _chosen(fams: Sequence[Family], cost: Any, goal: float, scope: str, again: bool) -> Tensor:
     """Classes to remove; where the target became unreachable only because of what turned out to be frozen, as many as can go."""
     try:
         return choose(fams, cost, goal, scope=scope)  # type: ignore[arg-type]

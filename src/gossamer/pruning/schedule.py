@@ -10,7 +10,7 @@ from torch import nn
 from gossamer.errors import NothingToDo, UsageError, near
 from gossamer.plan import Plan
 from gossamer.pruning.latency import fraction
-from gossamer.pruning.prune import prune
+from gossamer.pruning.prune import one_target, prune, within
 from gossamer.result import Proof, Result
 from gossamer.sources.batches import check_inputs
 
@@ -92,18 +92,12 @@ def prune_in_steps(
         BudgetError: the target cannot be reached.
         NothingToDo: no step finds anything to prune.
     """
-    named = {k: v for k, v in {"ratio": ratio, "macs": macs, "params": params, "latency": latency}.items() if v is not None}
-    if len(named) != 1:
-        raise UsageError(f"give exactly one of ratio, macs, params, latency, not {len(named)}")
-    ((kind, target),) = named.items()
+    final, kind = one_target(ratio=ratio, macs=macs, params=params, latency=latency)
     example_inputs = check_inputs(example_inputs)
     if kind == "latency":
-        target = fraction(target, model, example_inputs, threads=int(options.get("threads", 1)))
-    assert isinstance(target, int | float)
-    if not 0 < target < 1:
-        raise UsageError(f"{kind}={target}: give a fraction between 0 and 1 (exclusive)")
+        final = within(fraction(final, model, example_inputs, threads=int(options.get("threads", 1))), latency)
+    assert isinstance(final, float)
     parts = fractions(schedule, steps)
-    final = 1 - target if kind == "ratio" else target
     network, done = model, 1.0
     results: list[Result] = []
     notes: list[str] = []

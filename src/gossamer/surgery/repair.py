@@ -26,6 +26,7 @@ Needed = dict[tuple[str, str, int], dict[int, tuple[Number, Number]]]
 
 _SHAPES = frozenset("view reshape expand broadcast_to zeros ones full empty new_zeros new_ones new_full new_empty rand randn".split())
 _SPLITS = frozenset("split split_with_sizes".split())
+_SCALES = frozenset("mul multiply div divide true_divide rmul imul truediv rtruediv itruediv".split())
 _SLICES = frozenset("__getitem__ __setitem__ narrow".split())
 
 
@@ -68,7 +69,8 @@ class Repair:
             return _run(site.leaves, old, shape, first=2)
         if site.call == "layer_norm":
             return _run(site.leaves, old[-1:], shape[-1:])
-        return {i: v for i, v in enumerate(site.leaves) if isinstance(v, float) or (isinstance(v, int) and "mul" in site.call + "div")}
+        scales = site.call.strip("_") in _SCALES
+        return {i: v for i, v in enumerate(site.leaves) if isinstance(v, float) or (isinstance(v, int) and scales)}
 
     def _split(self, site: Site, step: Step) -> Iterator[tuple[int, Number]]:
         dim = step.numbers[2] if len(step.numbers) > 2 else 0
@@ -129,8 +131,7 @@ class Repair:
             if not ratios:
                 return args, kwargs
             needed[site.path, site.call, site.ordinal] = needed.get((site.path, site.call, site.ordinal), {}) | ratios
-            changed = with_numbers(args, kwargs, ratios)
-            return changed
+            return with_numbers(args, kwargs, ratios)
 
         with plain_forward(model), free_attention(model), suppress(Exception), Sites(before, lambda: None):
             call(model, self.traced.example_inputs)  # a failure is found again when the network is held against its trace

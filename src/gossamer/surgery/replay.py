@@ -88,7 +88,7 @@ class _Check(TorchDispatchMode):
         predicted = self.predict.shapes(step)
         if any(p is not None and p != s for p, s in zip(predicted, shapes, strict=False)):
             self._stop(f"gives shape {shapes[0]} where {predicted[0]} was expected")
-        scalars = scalars_of(args, kwargs)
+        scalars = scalars_of(step.op, args, kwargs)
         if len(scalars) == len(step.scalars) and not all(map(_close, scalars, step.scalars)):
             self._stop(f"computes with {scalars[0]:.4g} where the original has {step.scalars[0]:.4g}")
 

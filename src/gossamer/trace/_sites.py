@@ -54,10 +54,15 @@ class Counter:
     def __init__(self) -> None:
         self.running: list[tuple[str, dict[str, int]]] = [("", {})]
 
+    @property
+    def path(self) -> str:
+        """The innermost module that is running."""
+        return self.running[-1][0]
+
     def enter(self, path: str | None) -> str:
         """A module starts; one without a path of its own counts as part of the module around it."""
         self.running.append(self.running[-1] if path is None else (path, {}))
-        return self.running[-1][0]
+        return self.path
 
     def leave(self) -> None:
         """It ends."""

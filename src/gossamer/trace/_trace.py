@@ -165,6 +165,7 @@ def channels(model: nn.Module, example_inputs: ExampleInputs, *, attention: str 
 
     Raises:
         TraceError: the forward pass fails on the inputs.
+        UsageError: another value of ``attention``.
     """
     return trace(model, example_inputs, attention=attention).channels
 

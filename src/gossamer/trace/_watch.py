@@ -66,7 +66,7 @@ class Step:
         inputs: planes of all its operands.
         outputs: planes of each result.
         shapes: shape of each result.
-        scalars: the real numbers among its arguments.
+        scalars: the numbers that it computes with.
         numbers: of a slice or split: its arguments, None for the tensor.
         site: index of the call site it ran in; -1 where there is none.
     """
@@ -122,7 +122,6 @@ class Watch(TorchDispatchMode):
         self.sites: list[Site] = []
         self._site = -1
         self._counter = Counter()
-        self._stack: list[str] = [""]
         self._tracked: dict[int, _Tracked] = {}
         self._by_storage: dict[int, list[_Tracked]] = {}
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
@@ -143,7 +142,7 @@ class Watch(TorchDispatchMode):
     @contextmanager
     def watching(self, inputs: Sequence[Tensor]) -> Iterator[None]:
         """Watch what runs inside, with ``inputs`` as the network's inputs."""
-        self._stack, self._counter = [""], Counter()
+        self._counter = Counter()
         for t in inputs:
             if id(t) not in self._tracked:
                 setattr(t, _ATTRIBUTE, Note(self, (), None, "the network's input"))
@@ -164,14 +163,10 @@ class Watch(TorchDispatchMode):
             self._noted.clear()
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        path = self._counter.enter(self._paths.get(id(module)))
-        self.visited.add(path)
-        self._stack.append(path)
+        self.visited.add(self._counter.enter(self._paths.get(id(module))))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._counter.leave()
-        if len(self._stack) > 1:
-            self._stack.pop()
 
     def _at_site(self, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
         self._site = len(self.sites)
@@ -196,7 +191,7 @@ class Watch(TorchDispatchMode):
         if kwargs:
             tensors += _tensors(tuple(kwargs.values()))
         outputs = list(_tensors((out,)))
-        call = Call(name, func, args, kwargs, tensors, outputs, self._stack[-1], self._weight(tensors), before)
+        call = Call(name, func, args, kwargs, tensors, outputs, self._counter.path, self._weight(tensors), before)
         if not inplace:
             self._account(call)
         contraction = contraction_cost(call)
@@ -217,7 +212,7 @@ class Watch(TorchDispatchMode):
             numbers = tuple(None if isinstance(a, Tensor) else a for a in args) if name in _SIZED else ()
             count = 1 if name in _SIDE_RESULTS or name.startswith("_scaled_dot_product") else len(outputs)
             shapes = tuple(tuple(t.shape) for t in outputs[:count])
-            self.on_step(Step(name, call.path, inputs, tuple(planes[:count]), shapes, scalars_of(args, kwargs), numbers, self._site))
+            self.on_step(Step(name, call.path, inputs, tuple(planes[:count]), shapes, scalars_of(name, args, kwargs), numbers, self._site))
 
     def _note(self, call: Call, planes: Sequence[Planes]) -> None:
         what = f"the result of {call.op}" if call.tensors else f"a tensor made by {call.op}"
@@ -403,9 +398,13 @@ class Watch(TorchDispatchMode):
 _SIZED = {"slice", "split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes"}
 
 
-def scalars_of(args: Any, kwargs: dict[str, Any]) -> tuple[float, ...]:
-    """The real numbers among an operation's arguments."""
-    return tuple(a for a in (*args, *kwargs.values()) if isinstance(a, float))
+_SCALING = {"mul", "div", "mul_", "div_"}
+
+
+def scalars_of(op: str, args: Any, kwargs: dict[str, Any]) -> tuple[float, ...]:
+    """The numbers that an operation computes with: real ones, and whole ones where it multiplies or divides (elsewhere they are sizes)."""
+    kinds = (float, int) if op in _SCALING else (float,)
+    return tuple(a for a in (*args, *kwargs.values()) if isinstance(a, kinds) and not isinstance(a, bool))
 
 
 _SIDE_RESULTS = {"native_batch_norm", "native_layer_norm", "native_group_norm", "max_pool2d_with_indices", "max_pool3d_with_indices"}
