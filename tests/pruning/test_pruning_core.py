@@ -313,6 +313,27 @@ def test_the_layer_table_interpolates_what_it_measured():
     assert (measured[layers[0]].ms > 0).all()
 
 
+@pytest.mark.parametrize("name", ["mobilenet_v2", "resnext50_32x4d"])
+def test_the_latency_model_looks_up_the_channels_that_cutting_leaves(name, monkeypatch):
+    """Oracle: the layers of the cut network, looked up one by one; a table that tells inputs from outputs stands in for the runtime."""
+    from gossamer.profiling import layers
+    from gossamer.pruning.latency import latency_costs
+
+    net = torchvision.models.get_model(name, weights=None).eval()
+    inputs = (torch.randn(1, 3, 64, 64),)
+    monkeypatch.setattr(layers, "measure_layers", lambda found, **_: dict.fromkeys(found, lambda ins, outs: ins + 1000 * outs))
+    traced = trace(net, inputs)
+    model = latency_costs(net, traced.channels, traced.profile)
+    removed = torch.zeros(traced.channels.num_classes, dtype=torch.bool)
+    assert (model.marginal(removed)[torch.cat([g.classes for g in traced.channels.groups])] > 0).all()
+    for g in traced.channels.groups:
+        removed[g.classes[: len(g.classes) // 3]] = True
+    made = cut(net, traced, removed).model
+    want = sum(m.in_channels + 1000 * m.out_channels for m in made.modules() if isinstance(m, nn.Conv2d))
+    want += sum(m.in_features + 1000 * m.out_features for m in made.modules() if isinstance(m, nn.Linear))
+    assert model.total(removed) == pytest.approx(want)
+
+
 def test_a_latency_target_is_measured_on_the_pruned_network():
     torch.manual_seed(0)
     blocks = [m for i, o in ((3, 64), (64, 64), (64, 64)) for m in (nn.Conv2d(i, o, 3, padding=1), nn.ReLU())]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from gossamer.adapters import free_attention
 from gossamer.plan import AddBias
+from gossamer.profiling.runtime import evaluating
 from gossamer.sources.batches import split
 
 RIDGE = 0.1
@@ -171,20 +171,9 @@ def _consumers(
 def _once(model: nn.Module, batches: Iterable[Any], example_inputs: Any) -> None:
     for raw in batches:
         batch = split(raw, example_inputs)
-        with _evaluating(model), torch.no_grad():
+        with evaluating(model):
             model(*batch.args, **batch.kwargs)
         return
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for m, training in modes.items():
-            m.training = training
 
 
 def _rows(module: nn.Module, x: Tensor) -> Tensor:
@@ -231,7 +220,7 @@ def _measure(
         for raw in batches:
             batch = split(raw, example_inputs)
             for network in (original, pruned):
-                with _evaluating(network), torch.no_grad():
+                with evaluating(network):
                     try:
                         network(*batch.args, **batch.kwargs)
                     except _Enough:

@@ -37,6 +37,11 @@ class Term:
         """Equal parts of dimension 0 that lose channels independently (the groups of a convolution)."""
         return max((a.labels.shape[0] for a in self.axes if a.labels.dim() == 2), default=1)
 
+    @property
+    def labelled(self) -> list[int]:
+        """Dimension 0 and every other one with labels, ascending."""
+        return sorted({0, *(a.dim for a in self.axes)})
+
     def rows(self) -> list[list[tuple[int, Array]]]:
         """For each block, for dimension 0 and every labelled dimension: its size, and the labels along it."""
         by_dim = {a.dim: a.labels.numpy() for a in self.axes}
@@ -44,7 +49,7 @@ class Term:
         out = []
         for b in range(self.blocks):
             block = []
-            for d in sorted({0, *by_dim}):
+            for d in self.labelled:
                 labels = by_dim.get(d)
                 if d == 0:
                     size = self.shape[0] // self.blocks
@@ -57,12 +62,11 @@ class Term:
 
     def fixed(self) -> int:
         """Elements of the dimensions that carry no labels, dimension 0 excluded."""
-        labelled = {a.dim for a in self.axes} | {0}
-        return prod(n for d, n in enumerate(self.shape) if d not in labelled)
+        return prod(n for d, n in enumerate(self.shape) if d not in self.labelled)
 
 
 @dataclass(frozen=True)
-class _Table:
+class Table:
     """All terms as one table: a row for each labelled dimension of each block of each term.
 
     Attributes:
@@ -78,7 +82,8 @@ class _Table:
     weights: Array
 
     @classmethod
-    def of(cls, terms: Sequence[Term], num_classes: int) -> _Table:
+    def of(cls, terms: Sequence[Term], num_classes: int) -> Table:
+        """The table of some terms."""
         sizes, starts, weights = list[int](), list[int](), list[float]()
         rows, columns = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
         for term in terms:
@@ -118,8 +123,8 @@ class CostModel:
     unit: str
 
     @cached_property
-    def _table(self) -> _Table:
-        return _Table.of(self.terms, self.num_classes)
+    def _table(self) -> Table:
+        return Table.of(self.terms, self.num_classes)
 
     def total(self, removed: Tensor) -> float:
         """Cost once the classes of the bool mask ``removed`` (shape ``(num_classes,)``) are gone."""

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from gossamer.errors import UsageError, near
+from gossamer.profiling.runtime import evaluating
 from gossamer.sources.batches import outputs, split
 from gossamer.trace.channels import ChannelMap
 
@@ -205,18 +206,12 @@ def _activations(model: nn.Module, channels: ChannelMap, example_inputs: Any, ca
 
 
 def _run_calibration(model: nn.Module, criterion: str, example_inputs: Any, calibration: Iterable[Any] | None) -> None:
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
     count = 0
-    try:
-        with torch.no_grad():
-            for raw in _needed(criterion, calibration):
-                batch = split(raw, example_inputs)
-                model(*batch.args, **batch.kwargs)
-                count += 1
-    finally:
-        for m, training in modes.items():
-            m.training = training
+    with evaluating(model):
+        for raw in _needed(criterion, calibration):
+            batch = split(raw, example_inputs)
+            model(*batch.args, **batch.kwargs)
+            count += 1
     if not count:
         raise UsageError(f"importance={criterion!r} got no calibration batch: the data is empty")
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gossamer.errors import UsageError
-from gossamer.pruning.costs import Term, layer_terms
+from gossamer.pruning.costs import Table, Term, layer_terms
 from gossamer.result import Profile
 from gossamer.trace.channels import ChannelMap
 
@@ -24,23 +26,18 @@ class _Layer:
     """One layer: its weight's labels, and milliseconds as a function of its channels."""
 
     term: Term
-    table: Callable[[float, float], float]
+    ms: Callable[[float, float], float]
     groups: int
     depthwise: bool
 
-    def sizes(self, removed: Tensor) -> tuple[float, float]:
-        """Input and output channels left."""
-        gone = removed.numpy()
-        left = [[size - int(gone[labels[labels >= 0]].sum()) for size, labels in block] for block in self.term.rows()]
-        outs = float(sum(block[0] for block in left))
+    def widths(self, sizes: np.ndarray) -> tuple[float, float]:
+        """Input and output channels left, from the sizes left of each block, shape ``(blocks, dims)``."""
+        outs = float(sizes[:, 0].sum())
         if self.depthwise:
             return outs, outs
-        ins = float(left[0][1] if len(left[0]) > 1 else self.term.shape[1])
-        groups = sum(block[0] > 0 for block in left) if len(left) > 1 else self.groups
-        return ins * groups, outs
-
-    def ms(self, removed: Tensor) -> float:
-        return self.table(*self.sizes(removed))
+        labelled = self.term.labelled
+        ins = float(sizes[0, labelled.index(1)] if 1 in labelled else self.term.shape[1])
+        return ins * (int((sizes[:, 0] > 0).sum()) if len(sizes) > 1 else self.groups), outs
 
 
 @dataclass(frozen=True)
@@ -59,23 +56,33 @@ class LatencyModel:
     num_classes: int
     unit: str = "latency"
 
+    @cached_property
+    def _table(self) -> Table:
+        return Table.of([layer.term for layer in self.layers], self.num_classes)
+
+    def _widths(self, removed: Tensor) -> Iterator[tuple[_Layer, slice, tuple[float, float]]]:
+        """Every layer with its rows of the table and the channels left."""
+        sizes, _ = self._table.left(removed.numpy())
+        at = 0
+        for layer in self.layers:
+            blocks = layer.term.blocks
+            dims = len(layer.term.labelled)
+            rows = slice(at, at + blocks * dims)
+            yield layer, rows, layer.widths(sizes[rows].reshape(blocks, dims))
+            at = rows.stop
+
     def total(self, removed: Tensor) -> float:
         """Milliseconds once the classes of the bool mask ``removed`` are gone."""
-        return self.constant + sum(layer.ms(removed) for layer in self.layers)
+        return self.constant + sum(layer.ms(ins, outs) for layer, _, (ins, outs) in self._widths(removed))
 
     def marginal(self, removed: Tensor) -> Tensor:
         """Milliseconds that removing each class next would save, averaged over the next `STEP` channels."""
-        out = torch.zeros(self.num_classes, dtype=torch.float64)
-        for layer in self.layers:
-            ins, outs = layer.sizes(removed)
-            now = layer.table(ins, outs)
-            per_in = (now - layer.table(max(ins - STEP, 1), outs)) / STEP
-            per_out = (now - layer.table(ins, max(outs - STEP, 1))) / STEP
-            for block in layer.term.rows():
-                for (_, labels), price in zip(block, (per_out, per_in), strict=False):
-                    inside = torch.from_numpy(labels[labels >= 0])
-                    out.index_add_(0, inside, torch.full((len(inside),), price, dtype=torch.float64))
-        return out * ~removed
+        prices = np.zeros(len(self._table.sizes))
+        for layer, rows, (ins, outs) in self._widths(removed):
+            now = layer.ms(ins, outs)
+            saved = {0: now - layer.ms(ins, max(outs - STEP, 1)), 1: now - layer.ms(max(ins - STEP, 1), outs)}
+            prices[rows] = np.tile([saved.get(d, 0.0) / STEP for d in layer.term.labelled], layer.term.blocks)
+        return torch.from_numpy((self._table.labels.T @ prices) * ~removed.numpy())
 
 
 def latency_costs(
