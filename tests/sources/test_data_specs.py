@@ -82,7 +82,7 @@ def test_fashion_mnist_files(fashion, zipped):
         ("train-images-idx3-ubyte", b"nonsense", "not an IDX file"),
         ("train-labels-idx1-ubyte", idx(np.zeros(11)), "do not belong together"),
         ("t10k-labels-idx1-ubyte", idx(np.full(5, 10)), "label 10"),
-        ("t10k-labels-idx1-ubyte", gzip.compress(idx(np.zeros(5)))[:-9], "cannot read"),
+        ("t10k-labels-idx1-ubyte", gzip.compress(idx(np.zeros(5)), mtime=0)[:-9], "cannot read"),
     ],
 )
 def test_broken_idx_files_are_named(fashion, name, content, message):
