@@ -91,5 +91,10 @@ def own_randomness(data: Any, device: torch.device) -> Iterator[None]:
 
 def samples_of(batch: Batch) -> int:
     """Samples in a batch: the length of its first input."""
-    tensors = [t for t in pytree.tree_leaves((batch.args, batch.kwargs)) if isinstance(t, Tensor)]
+    tensors = tensors_of(batch)
     return len(tensors[0]) if tensors and tensors[0].dim() else 1
+
+
+def tensors_of(batch: Batch) -> list[Tensor]:
+    """The tensors among a batch's inputs, in order."""
+    return [t for t in pytree.tree_leaves((batch.args, batch.kwargs)) if isinstance(t, Tensor)]

@@ -84,6 +84,8 @@ class _Run:
 
     def step(self, batch: Batch, done: int, where: str) -> float:
         """One optimiser step; returns the loss before it."""
+        if hasattr(self.objective, "progress"):
+            self.objective.progress(done / self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * lr_factor(done, self.total, warmup=self.warmup)
         self.optimizer.zero_grad(set_to_none=True)
@@ -222,6 +224,9 @@ def fit(
         settings |= getattr(objective, "settings", {})
         if penalty is not None:
             settings |= {"penalty": penalty if isinstance(penalty, str) else name_of(penalty), "penalty_weight": penalty_weight}
+        trained_too = _prepare(objective, copied, data, example_inputs, target_device)
+        if trained_too is not None and list(trained_too.parameters()):
+            opt.add_param_group({"params": list(trained_too.parameters()), "weight_decay": weight_decay})
         run = _Run(
             model=copied,
             optimizer=opt,
@@ -265,6 +270,13 @@ def fit(
     if isinstance(model, Result):
         return model.with_(model=copied)
     return FitResult(copied, tuple(state.history), state.seconds, epochs * steps)
+
+
+def _prepare(objective: Any, model: nn.Module, data: Iterable[Any], example_inputs: ExampleInputs, device: torch.device) -> nn.Module | None:
+    if not hasattr(objective, "prepare"):
+        return None
+    torch.manual_seed(0)
+    return objective.prepare(model, take_apart(next(iter(data)), example_inputs))
 
 
 def _epoch(
