@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from gossamer.errors import RunFolderError
 from gossamer.models import resnet8
 from gossamer.training import fit
-from gossamer.training.checkpoint import FILE
+from gossamer.training.checkpoint import FILE, PREVIOUS
 
 EPOCHS, STEPS = 3, 5
 
@@ -139,9 +139,9 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning(tmp_path):
     assert_same(train(None).model, train(tmp_path / "c", resume=True).model)
 
 
-def test_the_file_is_safetensors_and_there_is_one(tmp_path):
+def test_the_files_are_safetensors_and_the_last_two_are_kept(tmp_path):
     train(tmp_path / "c")
-    assert [p.name for p in (tmp_path / "c").iterdir()] == [FILE]
+    assert {p.name for p in (tmp_path / "c").iterdir()} == {FILE, PREVIOUS}
     with safe_open(tmp_path / "c" / FILE, "pt") as f:
         names = set(f.keys())
         progress = json.loads(f.metadata()["gossamer"])["progress"]

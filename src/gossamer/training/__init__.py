@@ -1,18 +1,24 @@
 """The one training loop, and what it is made of."""
 
+from gossamer.training.interruption import TrainingStopped
 from gossamer.training.layout import set_layout
-from gossamer.training.loop import FitOptions, FitResult, TrainingOptions, fit
-from gossamer.training.objectives import Objective, as_objective, cross_entropy
-from gossamer.training.optimizers import OPTIMIZERS, lr_factor, make_optimizer
+from gossamer.training.loop import fit
+from gossamer.training.metrics import METRICS
+from gossamer.training.objectives import OBJECTIVES, Objective, as_objective, cross_entropy
+from gossamer.training.optimizers import OPTIMIZERS, lr_factor, make_optimizer, state_bytes
+from gossamer.training.options import FitOptions, FitResult, TrainingOptions
 from gossamer.training.penalties import PENALTIES, bn_l1, group_lasso
 
 __all__ = [
+    "METRICS",
+    "OBJECTIVES",
     "OPTIMIZERS",
     "PENALTIES",
     "FitOptions",
     "FitResult",
     "Objective",
     "TrainingOptions",
+    "TrainingStopped",
     "as_objective",
     "bn_l1",
     "cross_entropy",
@@ -21,4 +27,5 @@ __all__ = [
     "lr_factor",
     "make_optimizer",
     "set_layout",
+    "state_bytes",
 ]

@@ -1,10 +1,12 @@
-"""Checkpoints of a training run: one safetensors file, replaced atomically; scalars are JSON in its header. No pickle."""
+"""Checkpoints of a training run: a safetensors file, replaced atomically, with a checksum; scalars are JSON in its header. No pickle."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gossamer.errors import RunFolderError, WeightsError
+from gossamer.errors import RunFolderError, UsageError, WeightsError
 from gossamer.run_folder import state_of
 from gossamer.sources.weights import fill
 
 FILE = "training.safetensors"
-"""The one file in a checkpoint folder."""
+"""The last checkpoint in a folder."""
+PREVIOUS = "training.previous.safetensors"
+"""The one before it, in case the last is damaged."""
 
 
 @dataclass
@@ -46,27 +50,50 @@ class Progress:
     log_start: int | None = None
 
 
+@dataclass
+class Parts:
+    """Everything that a checkpoint holds besides progress.
+
+    Attributes:
+        model: the network in training.
+        optimizer: over its parameters.
+        modules: further modules with a state of their own, by name: the average of the weights, a distillation's adapters.
+        scaler: of fp16, or None.
+        best: weights of the best epoch so far; empty where none are kept.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    scaler: torch.amp.GradScaler | None = None
+    best: dict[str, Tensor] = field(default_factory=dict)
+
+
 def exists(folder: Path) -> bool:
     """Whether ``folder`` holds a checkpoint."""
-    return (folder / FILE).is_file()
+    return (folder / FILE).is_file() or (folder / PREVIOUS).is_file()
 
 
-def save(folder: Path, model: nn.Module, optimizer: Optimizer, progress: Progress, settings: dict[str, Any]) -> None:
-    """Write a checkpoint: a reader sees the previous one or this one, never half of it.
+def save(folder: Path, parts: Parts, progress: Progress, settings: dict[str, Any]) -> None:
+    """Write a checkpoint: a reader sees the previous one or this one, never half of it. The previous one is kept beside it.
 
     Args:
         folder: made where it does not exist.
-        model: its state dict is stored.
-        optimizer: its state is stored.
+        parts: their states are stored.
         progress: stored, with the state of the random generators where an epoch has begun.
         settings: what a resumed run must agree with.
 
     Raises:
         RunFolderError: the folder cannot be written.
+        UsageError: a weight is NaN or infinite; the last good checkpoint stays.
     """
-    tensors = {f"model.{name}": tensor for name, tensor in state_of(model).items()}
+    tensors = {f"model.{name}": tensor for name, tensor in state_of(parts.model).items()}
+    check_finite(parts.model)
+    for key, module in parts.modules.items():
+        tensors |= {f"{key}.{name}": tensor for name, tensor in state_of(module).items()}
+    tensors |= {f"best.{name}": tensor.clone().contiguous() for name, tensor in parts.best.items()}
     scalars: dict[str, Any] = {}
-    for index, state in optimizer.state_dict()["state"].items():
+    for index, state in parts.optimizer.state_dict()["state"].items():
         for key, value in state.items():
             if isinstance(value, Tensor):
                 tensors[f"optimizer.{index}.{key}"] = value.detach().to("cpu", copy=True).contiguous()
@@ -74,56 +101,107 @@ def save(folder: Path, model: nn.Module, optimizer: Optimizer, progress: Progres
                 scalars[f"{index}.{key}"] = value
     if progress.step:
         tensors["random.cpu"] = torch.get_rng_state()
-        device = _device(model)
+        device = _device(parts.model)
         if device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state(device)
-    header = json.dumps({"progress": asdict(progress), "settings": settings, "optimizer": scalars})
+    scaler = parts.scaler.state_dict() if parts.scaler is not None else None
+    header = json.dumps({"progress": asdict(progress), "settings": settings, "optimizer": scalars, "scaler": scaler})
     temporary = folder / f".{FILE}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata={"gossamer": header})
+        save_file(tensors, temporary, metadata={"gossamer": header, "checksum": checksum(header, tensors)})
         with temporary.open("rb") as f:
             os.fsync(f.fileno())
+        if (folder / FILE).exists():
+            os.replace(folder / FILE, folder / PREVIOUS)
         os.replace(temporary, folder / FILE)
     except (OSError, SafetensorError) as e:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise RunFolderError(f"cannot write a checkpoint into {folder}: {e}") from None
+        raise RunFolderError(f"cannot write a checkpoint into {folder}: {e}; the last one that was written is kept") from None
 
 
-def restore(folder: Path, model: nn.Module, optimizer: Optimizer, settings: dict[str, Any]) -> tuple[Progress, dict[str, Tensor]]:
-    """Fill network and optimiser from a checkpoint.
+def restore(folder: Path, parts: Parts, settings: dict[str, Any]) -> tuple[Progress, dict[str, Tensor]]:
+    """Fill network, optimiser and the rest from a checkpoint; from the one before where the last is damaged, with a warning.
 
     Args:
         folder: what `save` wrote.
-        model, optimizer: changed in place.
+        parts: changed in place.
         settings: of this run.
 
     Returns:
         How far it is, and the states of the random generators (``cpu``, ``cuda``) where an epoch had begun.
 
     Raises:
-        RunFolderError: the file is unreadable, or was made with other settings or another network.
+        RunFolderError: no file is readable, or it was made with other settings or another network.
     """
-    path = folder / FILE
+    path, header, tensors = _read_last_good(folder)
     try:
-        with safe_open(path, "pt") as f:
-            header = json.loads((f.metadata() or {})["gossamer"])
-            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
         progress = Progress(**header["progress"])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as e:
+        theirs = header["settings"]
+    except (KeyError, TypeError) as e:
         raise RunFolderError(f"{path} is not a checkpoint of this version: {e}; remove it to start again") from None
-    theirs = header["settings"]
+    settings = json.loads(json.dumps(settings))  # tuples as JSON gives them back
     differ = [k for k in settings | theirs if settings.get(k) != theirs.get(k)]
     if differ:
         detail = ", ".join(f"{k} is {theirs.get(k)!r} there and {settings.get(k)!r} here" for k in differ[:3])
         raise RunFolderError(f"{path} cannot be resumed with other settings: {detail}; use the same, or another folder")
     try:
-        fill(model, _part(tensors, "model."), where=str(path))
+        fill(parts.model, _part(tensors, "model."), where=str(path))
+        for key, module in parts.modules.items():
+            fill(module, _part(tensors, f"{key}."), where=str(path))
     except WeightsError as e:
         raise RunFolderError(f"{path} was made with another network: {e}") from None
-    _restore_optimizer(optimizer, _part(tensors, "optimizer."), header["optimizer"])
+    _restore_optimizer(parts.optimizer, _part(tensors, "optimizer."), header["optimizer"])
+    if parts.scaler is not None and header.get("scaler"):
+        parts.scaler.load_state_dict(header["scaler"])
+    parts.best.update(_part(tensors, "best."))
     return progress, _part(tensors, "random.")
+
+
+def checksum(header: str, tensors: dict[str, Tensor]) -> str:
+    """A hash of everything in a checkpoint.
+
+    Example:
+        >>> checksum("{}", {"w": torch.zeros(2)}) == checksum("{}", {"w": torch.ones(2)})
+        False
+    """
+    digest = hashlib.blake2b(header.encode(), digest_size=16)
+    for name in sorted(tensors):
+        digest.update(f"{name}{tensors[name].dtype}{tuple(tensors[name].shape)}".encode())
+        if tensors[name].numel():
+            digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def check_finite(model: nn.Module) -> None:
+    """UsageError that names the first parameter with a NaN or an infinity in it."""
+    for name, tensor in model.named_parameters():
+        if not bool(torch.isfinite(tensor).all()):
+            raise UsageError(f"{name} became NaN or infinite: no checkpoint was written over the last good one; lower lr")
+
+
+def _read_last_good(folder: Path) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
+    """The newest checkpoint whose checksum holds, its header and its tensors."""
+    damaged = ""
+    for name in (FILE, PREVIOUS):
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            with safe_open(path, "pt") as f:
+                metadata = f.metadata() or {}
+                tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+            if checksum(metadata["gossamer"], tensors) != metadata["checksum"]:
+                raise ValueError("its checksum does not hold")
+            header = json.loads(metadata["gossamer"])
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as e:
+            damaged = damaged or f"{path} is damaged or of another version ({e})"
+            continue
+        if damaged:
+            warnings.warn(f"{damaged}: continuing from the checkpoint before it", stacklevel=4)
+        return path, header, tensors
+    raise RunFolderError(f"{damaged}, and there is no good one before it; remove it to start again")
 
 
 def _restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:

@@ -3,135 +3,36 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.utils import _pytree as pytree
 
 from gossamer.errors import RunFolderError, SourceError, UsageError
 from gossamer.result import ExampleInputs, Result
-from gossamer.sources.batches import Batch
 from gossamer.training import checkpoint as checkpoints
-from gossamer.training.checkpoint import Progress
-from gossamer.training.feeding import count_batches, own_randomness, samples_of, seed_epoch, take_apart
-from gossamer.training.layout import lay_out, set_layout, takes_channels_last
-from gossamer.training.objectives import Objective, as_objective, logits_of, name_of
-from gossamer.training.optimizers import lr_factor, make_optimizer
+from gossamer.training.averaging import Best, make_average
+from gossamer.training.checkpoint import Parts, Progress
+from gossamer.training.feeding import count_batches, own_randomness, seed_epoch
+from gossamer.training.interruption import StopRequest, TrainingStopped, stop_on_sigterm
+from gossamer.training.layout import set_layout
+from gossamer.training.metrics import as_metrics
+from gossamer.training.objectives import as_objective, name_of
+from gossamer.training.optimizers import make_optimizer, state_bytes
+from gossamer.training.options import FitOptions, FitResult, Metrics, Precision, ProgressHook, check_options
 from gossamer.training.penalties import as_penalty
+from gossamer.training.precision import make_scaler, warn_where_slow
 from gossamer.training.records import append_record, rewrite_records, size_of
-
-ProgressHook = Callable[[int, int], None]
-"""Called with steps done and steps in total."""
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """A trained network.
-
-    Attributes:
-        model: the trained copy, in the mode and on the device of the network that was given.
-        history: for each epoch ``epoch``, ``objective``, ``loss`` (mean over the samples), ``lr`` (of its last step), ``seconds`` since
-            the start, and ``val_loss``, ``val_accuracy`` where there is validation data.
-        seconds: spent in all sittings.
-        steps: optimiser steps in total.
-    """
-
-    model: nn.Module
-    history: tuple[dict[str, Any], ...]
-    seconds: float
-    steps: int
-
-    def __str__(self) -> str:
-        last = self.history[-1] if self.history else {}
-        figures = "".join(f", {k} {last[k]:.4g}" for k in ("loss", "val_loss", "val_accuracy") if last.get(k) is not None)
-        return f"trained {len(self.history)} epochs, {self.steps} steps, {self.seconds:.1f} s{figures}"
-
-
-@dataclass
-class _Run:
-    """What stays the same over all steps."""
-
-    model: nn.Module
-    optimizer: Optimizer
-    objective: Objective
-    example_inputs: ExampleInputs
-    device: torch.device
-    lr: float
-    warmup: float
-    clip: float | None
-    penalty: Callable[[nn.Module], Tensor] | None
-    total: int
-    channels_last: bool | None
-
-    def prepare(self, raw: Any) -> Batch:
-        """A raw batch taken apart, on the device and in the layout of the network; decides the layout at the first one."""
-        batch = take_apart(raw, self.example_inputs)
-        if self.device.type != "cpu":
-            batch = Batch(*pytree.tree_map(lambda t: t.to(self.device) if isinstance(t, Tensor) else t, tuple(batch)))
-        if self.channels_last is None:
-            self.channels_last = takes_channels_last(self.model, self.objective, batch)
-            set_layout(self.model, self.channels_last, optimizer=self.optimizer)
-        if not self.channels_last:
-            return batch
-        return Batch(lay_out(batch.args, True), lay_out(batch.kwargs, True), batch.target)
-
-    def step(self, batch: Batch, done: int, where: str) -> float:
-        """One optimiser step; returns the loss before it."""
-        if hasattr(self.objective, "progress"):
-            self.objective.progress(done / self.total)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * lr_factor(done, self.total, warmup=self.warmup)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.objective(self.model, batch)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise UsageError(f"the objective must return one number, not {tuple(loss.shape) if isinstance(loss, Tensor) else type(loss)}")
-        value = loss.item()
-        if not math.isfinite(value):
-            raise UsageError(f"the loss is {value} at {where}: lower the learning rate (lr={self.lr:g}), clip gradients, or check the data")
-        if self.penalty is not None:
-            loss = loss + self.penalty(self.model)
-        loss.backward()
-        if self.clip is not None:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
-        self.optimizer.step()
-        return value
-
-
-class TrainingOptions(TypedDict, total=False):
-    """Keyword arguments of `fit` that every kind of training takes."""
-
-    epochs: int
-    lr: float
-    optimizer: str
-    weight_decay: float
-    momentum: float
-    warmup: float
-    clip: float | None
-    seed: int
-    val: Iterable[Any] | None
-    example_inputs: ExampleInputs
-    checkpoint: str | Path | None
-    checkpoint_every: int | None
-    resume: bool
-    log: str | Path | None
-    progress: ProgressHook | None
-    device: str | torch.device | None
-    channels_last: bool | Literal["auto"]
-    penalty: str | Callable[[nn.Module], Tensor] | None
-    penalty_weight: float
-
-
-class FitOptions(TrainingOptions, total=False):
-    """All keyword arguments of `fit`."""
-
-    objective: Callable[..., Tensor] | None
+from gossamer.training.rematerialization import MemoryReport, plan_memory
+from gossamer.training.stepping import Stepper
+from gossamer.training.trackers import trackers
+from gossamer.training.validation import validate
 
 
 @overload
@@ -142,7 +43,7 @@ def fit(
     model: nn.Module | Result,
     data: Iterable[Any],
     *,
-    objective: Callable[..., Tensor] | None = None,
+    objective: str | Callable[..., Tensor] | None = None,
     penalty: str | Callable[[nn.Module], Tensor] | None = None,
     penalty_weight: float = 1e-4,
     epochs: int = 1,
@@ -151,17 +52,30 @@ def fit(
     weight_decay: float = 0.01,
     momentum: float = 0.9,
     warmup: float = 0.05,
+    layer_decay: float = 1.0,
     clip: float | None = None,
+    accumulate: int = 1,
+    ema: float | None = None,
+    precision: Precision = "fp32",
     seed: int = 0,
     val: Iterable[Any] | None = None,
+    metrics: Metrics = (),
+    patience: int | None = None,
+    monitor: str = "val_loss",
     example_inputs: ExampleInputs = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int | None = None,
     resume: bool = False,
     log: str | Path | None = None,
+    tensorboard: str | Path | None = None,
+    mlflow: str | None = None,
     progress: ProgressHook | None = None,
     device: str | torch.device | None = None,
     channels_last: bool | Literal["auto"] = "auto",
+    memory_budget: str | int | None = None,
+    measure_memory: bool = False,
+    optimizer_in_backward: bool = False,
+    after_step: Callable[[nn.Module], None] | None = None,
 ) -> FitResult | Result:
     """Train a copy of a network.
 
@@ -174,62 +88,92 @@ def fit(
 
     Args:
         model: stays as it is. Parameters that require no gradient are not trained.
-        data: batches that can be read again for each epoch: a DataLoader, a list. A batch is a tensor, a dict of keyword inputs, or
-            inputs followed by the target. A DataLoader's own generator is seeded for each epoch, and put back at the end.
-        objective: ``(outputs, target) -> loss``, or ``(model, batch) -> loss`` where the first parameter is called ``model``; default
-            cross-entropy.
+        data: batches that can be read again for each epoch: a DataLoader (with workers, too), a list. A batch is a tensor, a dict of keyword
+            inputs, or inputs followed by the target. A DataLoader's own generator is seeded for each epoch, and put back at the end.
+        objective: ``(outputs, target) -> loss``, or ``(model, batch) -> loss`` where the first parameter is called ``model``; or
+            ``"cross_entropy"`` (the default), ``"mse"``, ``"l1"``, ``"huber"``, ``"bce"``.
         penalty: what makes whole channels small, added to the loss: ``"bn_l1"``, ``"group_lasso"``, or ``model -> loss``. Prune afterwards.
         penalty_weight: what it is multiplied with, above 0.
         epochs: passes over the data, at least 1.
         lr: peak learning rate; it rises linearly, then falls as half a cosine, step by step.
-        optimizer: ``"adamw"`` or ``"sgd"``.
+        optimizer: ``"adamw"``, ``"sgd"``, ``"adafactor"``, or ``"adamw8bit"`` with bitsandbytes.
         weight_decay: not applied to biases and norms.
         momentum: of SGD.
         warmup: fraction of the steps in which the rate rises, in [0, 1).
+        layer_decay: what the rate is multiplied by for each block between a block and the output, in (0, 1].
         clip: largest norm of the gradient of all parameters together; None does not clip.
+        accumulate: batches of one optimiser step, at least 1; their samples count alike, as in one large batch (batch norm still sees each
+            batch alone).
+        ema: decay of an exponential moving average of the weights, in (0, 1); it is validated and returned in place of the last weights.
+        precision: ``"fp32"``, ``"bf16"`` or ``"fp16"`` (with a gradient scaler) for what autocast runs in half precision. A CPU without
+            instructions for it is slower in it: that is a warning.
         seed: decides the order of epoch k and its random numbers in torch, together with k alone.
-        val: batches for loss and top-1 accuracy after each epoch, in eval mode.
+        val: batches for the loss, top-1 accuracy and ``metrics`` after each epoch, in eval mode.
+        metrics: ``"accuracy"``, ``"top5"``, ``"mse"``, ``"mae"``, or name -> ``(outputs, target) -> number``.
+        patience: stop after so many epochs in which ``monitor`` was not better, and return the best epoch's weights.
+        monitor: ``"val_loss"``, ``"val_accuracy"`` or ``"val_NAME"``; losses and errors are better when smaller.
         example_inputs: a tuple or dict that says how many items of a batch are inputs; default: all but the last.
-        checkpoint: a folder to save into after each epoch.
-        checkpoint_every: save after every so many steps, too.
+        checkpoint: a folder to save into after each epoch, and on SIGTERM, which then ends the process with exit code 0. The last two are
+            kept, with checksums: where the last is damaged, the one before is used.
+        checkpoint_every: save after every so many optimiser steps, too.
         resume: continue from the checkpoint where there is one; ends in the weights of an uninterrupted run, bit for bit on the same
             machine. The data must be the same, and its randomness must come from torch.
         log: a file that gets one line of JSON for each epoch, none twice.
-        progress: called with steps done and steps in total.
+        tensorboard: a folder for event files (``gossamer[tensorboard]``).
+        mlflow: name of an experiment (``gossamer[mlflow]``).
+        progress: called with optimiser steps done and in total.
         device: to train on; default: where the network is.
         channels_last: memory layout of convolutions; ``"auto"`` uses channels-last wherever the forward pass takes it.
+        memory_budget: ``"400MB"`` or bytes that weights, gradients, optimiser state and activations may take at their peak. Blocks are then
+            computed twice where that costs least; running statistics, dropout and gradients stay those of the plain run.
+        measure_memory: measure the peak of a step, as ``memory_budget`` does, without a budget.
+        optimizer_in_backward: update each parameter as soon as its gradient is there and free it. Not with clipping or accumulation.
+        after_step: called with the network in training after each optimiser step, without gradients: to hold masks, for example.
 
     Returns:
         A `FitResult`; for a `Result`, the `Result` with the trained network in it.
 
     Raises:
         SourceError: the data is empty, can be read only once, or has no target or labels beyond the network's outputs.
-        UsageError: an argument outside its range, nothing to train, or a loss that is not finite (the step is named).
-        RunFolderError: a checkpoint that is already there, does not fit, or cannot be written.
+        UsageError: an argument outside its range, nothing to train, or a loss that is not finite (the step is named; the last checkpoint
+            stays).
+        BudgetError: the memory budget cannot be met; the smallest reachable peak is named.
+        RunFolderError: a checkpoint that is already there, does not fit, or cannot be written (a full disk: the last good one stays).
+        TrainingStopped: SIGTERM came and the state is saved; a SystemExit with code 0.
     """
     network = model.model if isinstance(model, Result) else model
-    if epochs < 1 or not 0 <= warmup < 1 or (clip is not None and not clip > 0) or (checkpoint_every is not None and checkpoint_every < 1):
-        raise UsageError("training needs epochs >= 1, warmup in [0, 1), clip > 0 and checkpoint_every >= 1")
+    check_options(
+        epochs=epochs,
+        warmup=warmup,
+        clip=clip,
+        checkpoint_every=checkpoint_every,
+        accumulate=accumulate,
+        ema=ema,
+        precision=precision,
+        patience=patience,
+        val=val,
+        optimizer_in_backward=optimizer_in_backward,
+    )
     where = next((p.device for p in network.parameters()), torch.device("cpu"))
     target_device = torch.device(device) if device is not None else where
     folder = Path(checkpoint) if checkpoint is not None else None
     if folder is not None and not resume and checkpoints.exists(folder):
         raise RunFolderError(f"{folder} already holds a checkpoint: continue it with resume=True, or name another folder")
-    with own_randomness(data, target_device):
-        steps = count_batches(data)
+    warn_where_slow(target_device, precision)
+    settings: dict[str, Any] = {"objective": name_of(objective), "epochs": epochs, "lr": lr, "optimizer": optimizer, "warmup": warmup}
+    settings |= {"weight_decay": weight_decay, "momentum": momentum, "clip": clip, "seed": seed, "accumulate": accumulate, "ema": ema}
+    settings |= {"layer_decay": layer_decay, "precision": precision, "patience": patience, "monitor": monitor}
+    settings |= getattr(objective, "settings", {})
+    if penalty is not None:
+        settings |= {"penalty": penalty if isinstance(penalty, str) else name_of(penalty), "penalty_weight": penalty_weight}
+    with own_randomness(data, target_device), ExitStack() as stack:
+        batches = count_batches(data)
+        settings["steps"] = batches
+        steps = -(-batches // accumulate)
         copied = copy.deepcopy(network).to(target_device)
-        opt = make_optimizer(copied, name=optimizer, lr=lr, weight_decay=weight_decay, momentum=momentum)
-        settings = {"objective": name_of(objective), "epochs": epochs, "steps": steps, "lr": lr, "optimizer": optimizer, "warmup": warmup}
-        settings |= {"weight_decay": weight_decay, "momentum": momentum, "clip": clip, "seed": seed}
-        settings |= getattr(objective, "settings", {})
-        if penalty is not None:
-            settings |= {"penalty": penalty if isinstance(penalty, str) else name_of(penalty), "penalty_weight": penalty_weight}
-        trained_too = _prepare(objective, copied, data, example_inputs, target_device)
-        if trained_too is not None and list(trained_too.parameters()):
-            opt.add_param_group({"params": list(trained_too.parameters()), "weight_decay": weight_decay})
-        run = _Run(
+        run = Stepper(
             model=copied,
-            optimizer=opt,
+            optimizer=None,  # type: ignore[arg-type]
             objective=as_objective(objective),
             example_inputs=example_inputs,
             device=target_device,
@@ -239,105 +183,145 @@ def fit(
             penalty=as_penalty(penalty, penalty_weight),
             total=epochs * steps,
             channels_last=None if channels_last == "auto" else channels_last,
+            precision=precision,
+            average=make_average(copied, ema) if ema is not None else None,
+            scaler=make_scaler(target_device, precision),
+            after_step=after_step,
         )
+        adapters = _prepare(run, data, seed)
+        run.optimizer = make_optimizer(
+            copied,
+            name=optimizer,
+            lr=lr,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            layer_decay=layer_decay,
+            extra=adapters.parameters() if adapters is not None else (),
+        )
+        extra_modules = {"ema": run.average, "adapters": adapters}
+        best = Best(monitor, patience)
+        parts = Parts(copied, run.optimizer, {k: m for k, m in extra_modules.items() if m is not None}, run.scaler, best.state)
         state = Progress(log_start=size_of(log) if log is not None else None)
         generators: dict[str, Tensor] = {}
         if folder is not None and resume and checkpoints.exists(folder):
-            state, generators = checkpoints.restore(folder, copied, opt, settings)
+            state, generators = checkpoints.restore(folder, parts, settings)
+            best.state = parts.best
             if log is not None:
                 state.log_start = rewrite_records(log, state.log_start, state.history)
         if run.channels_last is not None:
-            set_layout(copied, run.channels_last, optimizer=opt)
-        save = None if folder is None else lambda: checkpoints.save(folder, copied, opt, state, settings)
+            set_layout(copied, run.channels_last, optimizer=run.optimizer)
+        memory: MemoryReport | None = None
+        if memory_budget is not None or measure_memory:
+            memory = stack.enter_context(plan_memory(run, data, memory_budget, optimizer_in_backward=optimizer_in_backward))
+        if optimizer_in_backward:
+            run.use_backward_hooks()
+            stack.callback(run.close)
+        tracked = stack.enter_context(trackers(tensorboard, mlflow, settings))
+        stop = stack.enter_context(stop_on_sigterm(folder is not None))
+
+        def save() -> None:
+            if folder is not None:
+                parts.best = best.state
+                checkpoints.save(folder, parts, state, settings)
+
+        epoch = _Epoch(run, data, state, batches, accumulate, save, checkpoint_every, progress, stop, folder)
         started = time.perf_counter() - state.seconds
-        while state.epoch < epochs:
+        judged = as_metrics(metrics)
+        while state.epoch < epochs and not best.exhausted(state.history):
             seed_epoch(data, seed, state.epoch, target_device)
-            _epoch(run, data, state, generators, steps=steps, save=save, every=checkpoint_every, progress=progress, start=started)
+            epoch.train(generators, started)
             generators = {}
-            record = _record(run, state, name_of(objective), val, started)
+            record: dict[str, Any] = {"epoch": state.epoch + 1, "objective": name_of(objective), "loss": state.loss_sum / state.samples}
+            record["lr"] = run.optimizer.param_groups[-1]["lr"]
+            current = run.average.module if run.average is not None else copied
+            if val is not None:
+                record |= validate(run, current, val, judged)
+            if patience is not None:
+                if monitor not in record:
+                    raise UsageError(f"monitor={monitor!r} is not measured, these are: {', '.join(k for k in record if k.startswith('val_'))}")
+                if best.better(record, state.history):
+                    best.keep(current)
+            state.seconds = time.perf_counter() - started
+            record["seconds"] = round(state.seconds, 3)
             state.history.append(record)
             state.epoch, state.step, state.loss_sum, state.samples = state.epoch + 1, 0, 0.0, 0
-            if save is not None:
-                save()
+            save()
             if log is not None:
                 append_record(log, record)
+            tracked.record(record)
+            if stop.set and folder is not None:
+                raise TrainingStopped(folder)
+    trained = run.average.module if run.average is not None else copied
+    if patience is not None:
+        trained.load_state_dict(best.state)
     if run.channels_last:
-        set_layout(copied, False)
+        set_layout(trained, False)
     copied.zero_grad(set_to_none=True)
-    for mine, theirs in zip(copied.modules(), network.modules(), strict=True):
+    for mine, theirs in zip(trained.modules(), network.modules(), strict=True):
         mine.training = theirs.training
-    copied.to(where)
+    trained.to(where)
     if isinstance(model, Result):
-        return model.with_(model=copied)
-    return FitResult(copied, tuple(state.history), state.seconds, epochs * steps)
+        return model.with_(model=trained)
+    return FitResult(
+        trained,
+        tuple(state.history),
+        state.seconds,
+        state.epoch * steps,
+        optimizer_state_bytes=state_bytes(run.optimizer),
+        best_epoch=best.epoch(state.history) if patience is not None else None,
+        memory=memory,
+    )
 
 
-def _prepare(objective: Any, model: nn.Module, data: Iterable[Any], example_inputs: ExampleInputs, device: torch.device) -> nn.Module | None:
-    if not hasattr(objective, "prepare"):
+def _prepare(run: Stepper, data: Iterable[Any], seed: int) -> nn.Module | None:
+    """What the objective trains besides the network (adapters), made from the first batch."""
+    holder = run.objective
+    if not hasattr(holder, "prepare"):
         return None
-    torch.manual_seed(0)
-    return objective.prepare(model, take_apart(next(iter(data)), example_inputs))
+    torch.manual_seed(seed)
+    made: nn.Module | None = holder.prepare(run.model, run.prepare(next(iter(data))))
+    return made
 
 
-def _epoch(
-    run: _Run,
-    data: Iterable[Any],
-    state: Progress,
-    generators: dict[str, Tensor],
-    *,
-    steps: int,
-    save: Callable[[], None] | None,
-    every: int | None,
-    progress: ProgressHook | None,
-    start: float,
-) -> None:
-    """Train for the rest of the epoch that ``state`` is in."""
-    run.model.train()
-    batches = iter(data)
-    for _ in range(state.step):  # what was trained on before the interruption
-        next(batches)
-    if generators:
-        torch.set_rng_state(generators["cpu"])
-        if "cuda" in generators:
-            torch.cuda.set_rng_state(generators["cuda"], run.device)
-    for index, raw in enumerate(batches, start=state.step):
-        batch = run.prepare(raw)
-        loss = run.step(batch, state.epoch * steps + index, f"step {index + 1} of epoch {state.epoch + 1}")
-        n = samples_of(batch)
-        state.step, state.loss_sum, state.samples = index + 1, state.loss_sum + loss * n, state.samples + n
-        state.seconds = time.perf_counter() - start
-        if save is not None and every is not None and state.step % every == 0 and state.step < steps:
-            save()
-        if progress is not None:
-            progress(min(state.epoch * steps + state.step, run.total), run.total)
-    if state.samples == 0:
-        raise SourceError(f"the data is empty in epoch {state.epoch + 1}: it must be readable again and again")
+@dataclass
+class _Epoch:
+    """Trains for the rest of the epoch that ``state`` is in."""
 
+    run: Stepper
+    data: Iterable[Any]
+    state: Progress
+    batches: int
+    accumulate: int
+    save: Callable[[], None]
+    every: int | None
+    progress: ProgressHook | None
+    stop: StopRequest
+    folder: Path | None
 
-def _record(run: _Run, state: Progress, objective: str, val: Iterable[Any] | None, started: float) -> dict[str, Any]:
-    """The epoch's line: training loss, and how the network does on validation data."""
-    record: dict[str, Any] = {"epoch": state.epoch + 1, "objective": objective, "loss": state.loss_sum / state.samples}
-    record["lr"] = run.optimizer.param_groups[0]["lr"]
-    if val is not None:
-        record |= validate(run, val)
-    state.seconds = time.perf_counter() - started
-    record["seconds"] = round(state.seconds, 3)
-    return record
-
-
-def validate(run: _Run, val: Iterable[Any]) -> dict[str, float]:
-    """Mean loss over the samples of ``val``, and top-1 accuracy where targets are class indices; in eval mode, without gradients."""
-    run.model.eval()
-    loss = hits = samples = judged = 0.0
-    with torch.no_grad():
-        for raw in val:
-            batch = run.prepare(raw)
-            n = samples_of(batch)
-            loss, samples = loss + n * run.objective(run.model, batch).item(), samples + n
-            if isinstance(batch.target, Tensor) and not batch.target.is_floating_point():
-                z_NC = logits_of(run.model(*batch.args, **batch.kwargs))
-                if z_NC.dim() > 1 and z_NC.argmax(1).shape == batch.target.shape:
-                    hits, judged = hits + float((z_NC.argmax(1) == batch.target).sum()), judged + batch.target.numel()
-    if samples == 0:
-        raise SourceError("the validation data is empty: not one batch came out of it")
-    return {"val_loss": loss / samples} | ({"val_accuracy": hits / judged} if judged else {})
+    def train(self, generators: dict[str, Tensor], started: float) -> None:
+        run, state = self.run, self.state
+        run.model.train()
+        batches = iter(self.data)
+        for _ in range(state.step):  # what was trained on before the interruption
+            next(batches)
+        if generators:
+            torch.set_rng_state(generators["cpu"])
+            if "cuda" in generators:
+                torch.cuda.set_rng_state(generators["cuda"], run.device)
+        steps = -(-self.batches // self.accumulate)
+        while raws := list(islice(batches, self.accumulate)):
+            first, done = state.step, state.epoch * steps + state.step // self.accumulate
+            for loss, n in run.step(raws, done, lambda i, at=first: f"step {at + i + 1} of epoch {state.epoch + 1}"):  # type: ignore[misc]
+                state.loss_sum, state.samples = state.loss_sum + loss * n, state.samples + n
+            state.step += len(raws)
+            state.seconds = time.perf_counter() - started
+            made, over = -(-state.step // self.accumulate), state.step >= self.batches
+            due = self.every is not None and made % self.every == 0
+            if self.folder is not None and not over and (due or self.stop.set):
+                self.save()
+            if self.progress is not None:
+                self.progress(min(state.epoch * steps + made, run.total), run.total)
+            if self.stop.set and self.folder is not None and not over:
+                raise TrainingStopped(self.folder)
+        if state.samples == 0:
+            raise SourceError(f"the data is empty in epoch {state.epoch + 1}: it must be readable again and again")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gossamer.errors import SourceError, UsageError
+from gossamer.errors import SourceError, UsageError, near
 from gossamer.sources.batches import Batch, outputs
 
 Objective = Callable[[nn.Module, Batch], Tensor]
@@ -61,7 +61,25 @@ def check_labels(z_NC: Tensor, target: Any) -> None:
         raise SourceError(f"a label is {int(target.max())}, but the network has {z_NC.shape[1]} outputs: build it with more classes")
 
 
-def as_objective(objective: Callable[..., Tensor] | None) -> Objective:
+OBJECTIVES: Mapping[str, Callable[[Any, Any], Tensor]] = {
+    "cross_entropy": cross_entropy,
+    "mse": lambda out, target: F.mse_loss(_regressed(out, target), target),
+    "l1": lambda out, target: F.l1_loss(_regressed(out, target), target),
+    "huber": lambda out, target: F.huber_loss(_regressed(out, target), target),
+    "bce": lambda out, target: F.binary_cross_entropy_with_logits(_regressed(out, target), target.to(logits_of(out).dtype)),
+}
+"""Objectives by name; ``"bce"`` takes logits."""
+
+
+def _regressed(out: Any, target: Any) -> Tensor:
+    value = logits_of(out)
+    if not isinstance(target, Tensor) or target.shape != value.shape:
+        found = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
+        raise SourceError(f"the network returns {tuple(value.shape)} and the target is {found}: this objective needs the same shape")
+    return value
+
+
+def as_objective(objective: str | Callable[..., Tensor] | None) -> Objective:
     """The loss to minimise as a function of network and batch.
 
     Example:
@@ -72,11 +90,20 @@ def as_objective(objective: Callable[..., Tensor] | None) -> Objective:
 
     Args:
         objective: ``(outputs, target) -> loss``; or, where the first parameter is called ``model``, ``(model, batch) -> loss`` with a
-            `gossamer.sources.Batch`; None is `cross_entropy`.
+            `gossamer.sources.Batch`; or a name, ``"cross_entropy"``, ``"mse"``, ``"l1"``, ``"huber"``, ``"bce"``; None is `cross_entropy`.
+            One with a method ``progress`` is told before each step how much of the training, in [0, 1], is done. One with a method ``prepare``
+            is given the network and a batch before the first step, and returns a module that is trained with it.
 
     Returns:
         ``(model, batch) -> loss``.
+
+    Raises:
+        UsageError: an unknown name (near names are listed).
     """
+    if isinstance(objective, str):
+        if objective not in OBJECTIVES:
+            raise UsageError(f"unknown objective {objective!r}, known are {', '.join(OBJECTIVES)}{near(objective, OBJECTIVES)}")
+        objective = OBJECTIVES[objective]
     loss = cross_entropy if objective is None else objective
     if _takes_model(loss):
         return loss
@@ -87,8 +114,10 @@ def as_objective(objective: Callable[..., Tensor] | None) -> Objective:
     return on_outputs
 
 
-def name_of(objective: Callable[..., Any] | None) -> str:
+def name_of(objective: str | Callable[..., Any] | None) -> str:
     """How an objective is called in logs."""
+    if isinstance(objective, str):
+        return objective
     if objective is None:
         return cross_entropy.__name__
     return str(getattr(objective, "__name__", type(objective).__name__))
