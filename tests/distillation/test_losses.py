@@ -153,7 +153,11 @@ ON_FEATURES = [
     (L.channelwise_loss, channelwise, {"tau": 2.0}),
 ]
 ON_VALUES = [(L.regression_kd_loss, regression, {}), (L.regression_kd_loss, regression, {"alpha": 0.8, "margin": 0.1})]
-CASES = [(f, r, o, LOGITS) for f, r, o in ON_LOGITS] + [(f, r, o, MAPS) for f, r, o in ON_FEATURES] + [(f, r, o, VALUES) for f, r, o in ON_VALUES]
+CASES = (
+    [(f, r, o, LOGITS) for f, r, o in ON_LOGITS]
+    + [(f, r, o, MAPS) for f, r, o in ON_FEATURES]
+    + [(f, r, o, VALUES) for f, r, o in ON_VALUES]
+)
 
 
 def reference_options(options):

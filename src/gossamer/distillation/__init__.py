@@ -8,7 +8,7 @@ from gossamer.distillation.objective import Distillation
 from gossamer.distillation.schedules import Cosine, Linear
 from gossamer.distillation.taps import Adapter, Feature, FeatureTaps
 
-__all__ = [  # noqa: PLE0604
+__all__ = [
     "Adapter",
     "Cosine",
     "Distillation",

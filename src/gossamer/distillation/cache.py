@@ -60,7 +60,9 @@ class TeacherCache:
         if not all(key in self.index for key in keys):
             fresh = compute(batch)
             if not fresh.dim() or fresh.shape[0] != len(keys):
-                raise SourceError(f"a teacher's outputs are cached by sample, but {len(keys)} samples gave {tuple(fresh.shape)}: no cache then")
+                raise SourceError(
+                    f"a teacher's outputs are cached by sample, but {len(keys)} samples gave {tuple(fresh.shape)}: no cache then"
+                )
             self._append(keys, fresh)
         else:
             self.reused += len(keys)
@@ -77,7 +79,9 @@ class TeacherCache:
             self.shape = tuple(fresh.shape[1:])
             write_text(self.folder / "cache.json", json.dumps({"teacher": self.teacher, "shape": self.shape}) + "\n")
         if tuple(fresh.shape[1:]) != self.shape:
-            raise SourceError(f"the teacher gave outputs of {tuple(fresh.shape[1:])}, those in {self.folder} are of {self.shape}: no cache then")
+            raise SourceError(
+                f"the teacher gave outputs of {tuple(fresh.shape[1:])}, those in {self.folder} are of {self.shape}: no cache then"
+            )
         new: dict[bytes, int] = {}
         for position, key in enumerate(keys):
             if key not in self.index and key not in new:
@@ -127,7 +131,7 @@ def keys_of(batch: Batch) -> list[bytes]:
         head = f"{tensor.dtype}{tuple(tensor.shape[1:])}".encode()
         for digest, row in zip(digests, rows, strict=True):
             digest.update(head)
-            digest.update(row)
+            digest.update(row.data)
     return [d.digest() for d in digests]
 
 
@@ -138,5 +142,5 @@ def fingerprint(model: nn.Module) -> str:
     for name, tensor in state.items():
         if isinstance(tensor, Tensor) and tensor.numel():
             digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -59,11 +59,9 @@ class Distillation:
         cache: str | Path | None = None,
     ) -> None:
         given = {k: v for k, v in (("alpha", alpha), ("tau", tau)) if v is not None}
-        if isinstance(loss, str):
-            loss = named(loss, LOSSES, "loss", **given)
-        elif given:
+        if not isinstance(loss, str) and given:
             raise UsageError(f"{' and '.join(given)} go with a loss that is given by name: set them in {loss or 'the features'} itself")
-        self.loss: OutputLoss | None = loss
+        self.loss: OutputLoss | None = named(loss, LOSSES, "loss", **given) if isinstance(loss, str) else loss
         self.features = as_features(features)
         teachers = [] if teacher is None else [teacher] if isinstance(teacher, nn.Module | Result) else list(teacher)
         networks = [t.model if isinstance(t, Result) else t for t in teachers]
@@ -96,8 +94,9 @@ class Distillation:
                     model(*batch.args, **batch.kwargs)
                     theirs = self._tapped(batch)
                     for feature in self.features:
-                        assert isinstance(feature.loss, FeatureLoss)
-                        mine, other = taps[feature.student], theirs[feature.of][1][str(feature.teacher)]
+                        features = theirs[feature.of][1]
+                        assert isinstance(feature.loss, FeatureLoss) and features is not None
+                        mine, other = taps[feature.student], features[str(feature.teacher)]
                         self.adapters.append(Adapter(mine.shape, other.shape, matches=feature.loss.matches).to(mine.device))
         finally:
             for module, mode in modes:

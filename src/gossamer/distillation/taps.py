@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,6 +24,7 @@ class FeatureTaps(AbstractContextManager["FeatureTaps"]):
     """Reads the outputs of modules while the network runs inside ``with``; the hooks are gone afterwards, also after an exception.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> with FeatureTaps(net, ["1"]) as taps:
         ...     _ = net(torch.zeros(3, 4))
@@ -123,6 +123,7 @@ class Adapter(nn.Module):
     """Makes features comparable: a learned map between channels where they differ, mean pooling to the coarser positions.
 
     Example:
+        >>> import torch
         >>> adapter = Adapter((2, 8, 4, 4), (2, 16, 2, 2), matches="shape")
         >>> [tuple(x.shape) for x in adapter(torch.zeros(2, 8, 4, 4), torch.zeros(2, 16, 2, 2))]
         [(2, 16, 2, 2), (2, 16, 2, 2)]
@@ -165,8 +166,9 @@ class Adapter(nn.Module):
 def _pool(x: Tensor, positions: list[int]) -> Tensor:
     if list(x.shape[2:]) == positions:
         return x
-    pools = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
-    return pools[len(positions)](x, positions)  # type: ignore[operator,no-any-return]
+    pools: dict[int, Any] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+    pooled: Tensor = pools[len(positions)](x, positions)
+    return pooled
 
 
 def as_features(given: Any) -> tuple[Feature, ...]:

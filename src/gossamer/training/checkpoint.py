@@ -170,7 +170,7 @@ def checksum(header: str, tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         digest.update(f"{name}{tensors[name].dtype}{tuple(tensors[name].shape)}".encode())
         if tensors[name].numel():
-            digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+            digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -238,7 +238,9 @@ def fit(
                 record |= validate(run, current, val, judged)
             if patience is not None:
                 if monitor not in record:
-                    raise UsageError(f"monitor={monitor!r} is not measured, these are: {', '.join(k for k in record if k.startswith('val_'))}")
+                    raise UsageError(
+                        f"monitor={monitor!r} is not measured, these are: {', '.join(k for k in record if k.startswith('val_'))}"
+                    )
                 if best.better(record, state.history):
                     best.keep(current)
             state.seconds = time.perf_counter() - started

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gossamer.errors import UsageError, near
@@ -17,6 +16,7 @@ def accuracy(out: Any, target: Tensor) -> Tensor:
     """Fraction of samples, or positions, whose largest logit is the target's.
 
     Example:
+        >>> import torch
         >>> accuracy(torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([1, 1])).item()
         0.5
     """
@@ -27,6 +27,7 @@ def top5(out: Any, target: Tensor) -> Tensor:
     """Fraction of samples, or positions, whose target is among the five largest logits.
 
     Example:
+        >>> import torch
         >>> top5(torch.arange(8.0).repeat(2, 1), torch.tensor([3, 0])).item()
         0.5
     """
@@ -60,5 +61,7 @@ def as_metrics(given: Metrics) -> dict[str, Callable[[Any, Any], Any]]:
         return dict(given)
     for name in given:
         if name not in METRICS:
-            raise UsageError(f"unknown metric {name!r}, known are {', '.join(METRICS)}, or a mapping of callables{near(str(name), METRICS)}")
+            raise UsageError(
+                f"unknown metric {name!r}, known are {', '.join(METRICS)}, or a mapping of callables{near(str(name), METRICS)}"
+            )
     return {name: METRICS[name] for name in given}

@@ -119,4 +119,6 @@ def check_options(
     if patience is not None and val is None:
         raise UsageError("patience needs validation data: give val")
     if optimizer_in_backward and (clip is not None or accumulate > 1 or precision == "fp16"):
-        raise UsageError("optimizer_in_backward frees each gradient as it is used: leave out clip, accumulate and fp16, which need them all")
+        raise UsageError(
+            "optimizer_in_backward frees each gradient as it is used: leave out clip, accumulate and fp16, which need them all"
+        )

@@ -42,11 +42,11 @@ def trackers(tensorboard: str | Path | None, mlflow: str | None, settings: dict[
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise UsageError("tensorboard=... needs a package: pip install 'gossamer[tensorboard]'") from None
-            writer = stack.enter_context(SummaryWriter(str(tensorboard)))  # type: ignore[no-untyped-call]
+            writer = stack.enter_context(SummaryWriter(str(tensorboard)))
 
             def to_tensorboard(epoch: int, numbers: dict[str, float]) -> None:
                 for name, value in numbers.items():
-                    writer.add_scalar(name, value, epoch)  # type: ignore[no-untyped-call]
+                    writer.add_scalar(name, value, epoch)
 
             found.sinks.append(to_tensorboard)
         if mlflow is not None:

@@ -256,9 +256,7 @@ LOSSES: Mapping[str, Callable[..., OutputLoss]] = {
 }
 """Losses of outputs by name, as ``distill(loss=...)`` takes them."""
 
-FEATURE_LOSSES: Mapping[str, type[FeatureLoss]] = {
-    c.name: c for c in (FitNet, AttentionTransfer, SimilarityPreserving, RKD, Channelwise)
-}
+FEATURE_LOSSES: Mapping[str, type[FeatureLoss]] = {c.name: c for c in (FitNet, AttentionTransfer, SimilarityPreserving, RKD, Channelwise)}
 """Losses of features by name, as `Feature` takes them."""
 
 

@@ -59,7 +59,7 @@ def record(work: Callable[[], None], device: torch.device) -> Timeline:
     wanted = {"cpu": 0, "cuda": 1}.get(device.type, 0)
     events = [
         (e.start_ns(), e.nbytes())
-        for e in profiled.profiler.kineto_results.events()  # type: ignore[union-attr]
+        for e in profiled.profiler.kineto_results.events()
         if e.name() == "[memory]" and int(e.device_type().value if hasattr(e.device_type(), "value") else e.device_type()) == wanted
     ]
     events.sort(key=lambda event: event[0])

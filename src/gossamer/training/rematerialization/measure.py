@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -75,9 +76,13 @@ def measure(run: Stepper, work: Callable[[], None]) -> Measured:
 def _intervals(timeline: Timeline, blocks: dict[str, Marks]) -> tuple[tuple[int, frozenset[str]], ...]:
     """Between two marks nothing falls asleep or wakes up: one constraint each; those that another implies are left out."""
     ends = sorted({t for m in blocks.values() for t in (m.end_ns, m.backward_ns) if t is not None})
-    times = [int(timeline.times_ns[0]) - 1 if len(timeline.times_ns) else 0, *ends, int(timeline.times_ns[-1]) if len(timeline.times_ns) else 0]
+    times = [
+        int(timeline.times_ns[0]) - 1 if len(timeline.times_ns) else 0,
+        *ends,
+        int(timeline.times_ns[-1]) if len(timeline.times_ns) else 0,
+    ]
     worst: dict[frozenset[str], int] = {}
-    for start, end in zip(times, times[1:], strict=False):
+    for start, end in pairwise(times):
         dormant = frozenset(n for n, m in blocks.items() if m.backward_ns is not None and m.end_ns <= start and end <= m.backward_ns)
         worst[dormant] = max(worst.get(dormant, 0), timeline.highest(start, end))
     return tuple((most, dormant) for dormant, most in worst.items())
@@ -115,7 +120,7 @@ def dear_operations(model: nn.Module, device: torch.device) -> Iterator[dict[str
     handles = []
     for name, module in model.named_modules():
         if name:
-            handles.append(module.register_forward_pre_hook(lambda _m, _a, name=name: mode.inside.append(name)))  # type: ignore[misc]
+            handles.append(module.register_forward_pre_hook(lambda _m, _a, name=name: mode.inside.append(name)))
             handles.append(module.register_forward_hook(lambda _m, _a, _o: mode.inside.pop() and None))
     try:
         with mode:

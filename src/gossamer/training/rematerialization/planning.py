@@ -37,7 +37,9 @@ class _Tried:
 
 
 @contextmanager
-def plan_memory(run: Stepper, data: Iterable[Any], budget: str | int | None, *, optimizer_in_backward: bool = False) -> Iterator[MemoryReport]:
+def plan_memory(
+    run: Stepper, data: Iterable[Any], budget: str | int | None, *, optimizer_in_backward: bool = False
+) -> Iterator[MemoryReport]:
     """Measure a step on the first batch, place checkpoints where the budget asks for them, and hold them while this is open.
 
     Args:
@@ -194,7 +196,9 @@ def _blocks(measured: Measured, choices: list[Choice]) -> tuple[BlockMemory, ...
         saved = max(0, measured.timeline.at(m.end_ns) - measured.timeline.at(m.start_ns))
         inside = [chosen[n] for n in (name, *m.nested) if n in chosen]
         rows.append(
-            BlockMemory(name, saved, max(0, saved - sum(c.saved_bytes for c in inside)), measured.seconds.get(name, 0.0), _mode(name, inside))
+            BlockMemory(
+                name, saved, max(0, saved - sum(c.saved_bytes for c in inside)), measured.seconds.get(name, 0.0), _mode(name, inside)
+            )
         )
     return tuple(rows)
 

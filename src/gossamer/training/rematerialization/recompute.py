@@ -44,7 +44,7 @@ def recomputing(model: nn.Module, modes: Mapping[str, Mode]) -> Iterator[None]:
     try:
         for name, mode in modes.items():
             block = modules[name]
-            block.forward = _twice(block, block.forward, mode)  # type: ignore[method-assign]
+            block.forward = _twice(block, block.forward, mode)
         yield
     finally:
         for name in modes:
@@ -53,9 +53,7 @@ def recomputing(model: nn.Module, modes: Mapping[str, Mode]) -> Iterator[None]:
 
 def _twice(block: nn.Module, forward: Callable[..., Any], mode: Mode) -> Callable[..., Any]:
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        first, again = (
-            create_selective_checkpoint_contexts(_policy) if mode == "selective" else (nullcontext(), nullcontext())  # type: ignore[no-untyped-call]
-        )
+        first, again = create_selective_checkpoint_contexts(_policy) if mode == "selective" else (nullcontext(), nullcontext())
         return first, _both(again, buffers_as_before(block))
 
     def run(*args: Any, **kwargs: Any) -> Any:

@@ -76,7 +76,9 @@ class MemoryReport:
         widest = max((b.plain_bytes for b in self.blocks), default=1) or 1
         for b in self.blocks:
             bar = "█" * round(20 * b.kept_bytes / widest) + "░" * round(20 * (b.plain_bytes - b.kept_bytes) / widest)
-            lines.append(f"{b.name[-34:]:34}{b.plain_bytes / 1e6:9.1f}{b.kept_bytes / 1e6:9.1f}{1e3 * b.seconds:12.1f}  {b.mode or '-':11}{bar}")
+            lines.append(
+                f"{b.name[-34:]:34}{b.plain_bytes / 1e6:9.1f}{b.kept_bytes / 1e6:9.1f}{1e3 * b.seconds:12.1f}  {b.mode or '-':11}{bar}"
+            )
         if self.timeline:
             top = max(self.timeline) or 1
             picture = "".join(LEVELS[max(0, min(8, round(8 * v / top)))] for v in self.timeline)
@@ -84,5 +86,7 @@ class MemoryReport:
         lines += ["", f"peak, plain  {self.plain_peak_bytes / 1e6:9.1f} MB"]
         if self.budget_bytes is not None:
             part = self.peak_bytes / self.budget_bytes
-            lines.append(f"peak         {self.peak_bytes / 1e6:9.1f} MB, {part:.0%} of the budget, {len(self.choices)} blocks computed twice")
+            lines.append(
+                f"peak         {self.peak_bytes / 1e6:9.1f} MB, {part:.0%} of the budget, {len(self.choices)} blocks computed twice"
+            )
         return "\n".join(lines)
