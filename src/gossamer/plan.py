@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -241,7 +242,8 @@ def apply_structure(model: nn.Module, edits: Sequence[_Edit], *, copied: bool = 
 
     if not copied:  # tensors are cut on the way into the copy, so that no whole copy is ever held
         first = next((i for i, e in enumerate(edits) if not isinstance(e, Keep)), len(edits))
-        model = copy.deepcopy(model, _cut_tensors(model, [e for e in edits[:first] if isinstance(e, Keep)]))
+        memo = _cut_tensors(model, [e for e in edits[:first] if isinstance(e, Keep)])
+        model = copy.deepcopy(model, memo | _empty_containers(model))
         edits = edits[first:]
     for edit in edits:
         match edit:
@@ -290,6 +292,16 @@ def _cut_tensors(model: nn.Module, edits: Sequence[Keep], *, by_id: bool = True)
         if isinstance(tensor, nn.Parameter):
             new[id(tensor)] = nn.Parameter(new[id(tensor)], requires_grad=tensor.requires_grad)
     return dict(new) if by_id else [(t, new[id(t)]) for t in old.values()]
+
+
+def _empty_containers(model: nn.Module) -> dict[int, Any]:
+    """Copies of the many empty dictionaries and sets that modules hold, as a memo: `copy.deepcopy` spends most of its time on them."""
+    return {
+        id(value): type(value)()
+        for module in model.modules()
+        for value in vars(module).values()
+        if type(value) in (dict, OrderedDict, set) and not value
+    }
 
 
 def _tensor(model: nn.Module, name: str) -> torch.Tensor:

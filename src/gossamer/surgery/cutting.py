@@ -15,7 +15,7 @@ from gossamer.surgery.edits import attention_edits, attribute_edits, keep_edits
 from gossamer.surgery.prediction import Prediction
 from gossamer.surgery.proof import prove
 from gossamer.surgery.repair import Repair, attribute_guesses, call_edits, size, whole_numbers
-from gossamer.surgery.replay import classes_through, first_divergence
+from gossamer.surgery.replay import Divergence, classes_through, first_divergence
 from gossamer.trace import Trace
 
 _ROUNDS = 40  # each freezes at least one class that was to be removed
@@ -82,8 +82,7 @@ def cut(model: nn.Module, traced: Trace, removed: Tensor) -> Cut:
     for attempt in range(_ROUNDS):
         if not bool(removed.any()):
             raise NothingToDo("nothing can be removed" + (f": {'; '.join(notes[:3])}" if notes else ""))
-        network, edits = _apply(model, traced, removed, claims)
-        where = first_divergence(network, traced, removed)
+        network, edits, where = _applied(model, traced, removed, claims)
         if where is None:
             proof = _prove(model, network, traced, removed, claims)
             if proof.difference is None or proof.holds:
@@ -105,8 +104,8 @@ def cut(model: nn.Module, traced: Trace, removed: Tensor) -> Cut:
 
 def cut_once(model: nn.Module, traced: Trace, removed: Tensor) -> tuple[nn.Module, bool]:
     """Cut and hold against the trace, once and without the proof: the network, and whether it ran as predicted. `cut` is what to use."""
-    network, _ = _apply(model, traced, removed)
-    return network, first_divergence(network, traced, removed) is None
+    network, _, where = _applied(model, traced, removed)
+    return network, where is None
 
 
 @dataclass(frozen=True)
@@ -133,8 +132,10 @@ def _claims(model: nn.Module, traced: Trace, removed: Tensor, at: int) -> list[C
     return found
 
 
-def _apply(model: nn.Module, traced: Trace, removed: Tensor, claims: Sequence[Claim] = ()) -> tuple[nn.Module, list[StructureEdit]]:
-    """The cut network: tensors, then what modules declare, then the sizes that their code holds for itself."""
+def _applied(
+    model: nn.Module, traced: Trace, removed: Tensor, claims: Sequence[Claim] = ()
+) -> tuple[nn.Module, list[StructureEdit], Divergence | None]:
+    """The cut network, and where it does something else than its trace predicts: tensors, then what modules declare, then sizes in code."""
     masks = traced.channels.keep_masks(removed)
     kept = keep_edits(masks)
     network = apply_structure(model, kept)
@@ -149,17 +150,20 @@ def _apply(model: nn.Module, traced: Trace, removed: Tensor, claims: Sequence[Cl
     edits += claimed
     network = apply_structure(network, claimed, copied=True)
     repair = Repair(traced, predict)
-    needed = repair.needed(network)
+    needed, as_predicted = repair.needed(network)
+    if as_predicted:
+        return network, [*kept, *edits], None
     for guess in attribute_guesses(network, needed) if needed else ():
         before = [SetAttribute(module=e.module, name=e.name, value=getattr(network.get_submodule(e.module), e.name)) for e in guess]
         apply_structure(network, guess, copied=True)
-        now = repair.needed(network)
+        now, _ = repair.needed(network)
         if size(now) < size(needed):
             edits, needed = [*edits, *guess], now
         else:
             apply_structure(network, before, copied=True)
     calls = call_edits(needed)
-    return apply_structure(network, calls, copied=True), [*kept, *edits, *calls]
+    network = apply_structure(network, calls, copied=True)
+    return network, [*kept, *edits, *calls], first_divergence(network, traced, removed)
 
 
 def _through(model: nn.Module, traced: Trace, removed: Tensor, at: int, what: str, *, alike: bool) -> tuple[Tensor, str]:
@@ -192,8 +196,7 @@ def _prove(model: nn.Module, network: nn.Module, traced: Trace, removed: Tensor,
     if not bool(exact.any()):
         return Proof("zeroed", None, inexact=reasons)
     if bool((removed & inexact).any()):
-        network, _ = _apply(model, traced, exact, claims)
-        where = first_divergence(network, traced, exact)
+        network, _, where = _applied(model, traced, exact, claims)
         if where is not None:
             return Proof("zeroed", float("inf"), inexact=reasons)
     return replace(prove(model, network, traced, exact), inexact=reasons)
@@ -207,8 +210,8 @@ def _suspects(model: nn.Module, traced: Trace, removed: Tensor, proof: Proof, cl
         alone = torch.zeros_like(removed)
         alone[group.classes] = removed[group.classes]
         if bool(alone.any()):
-            network, _ = _apply(model, traced, alone, claims)
-            broken = first_divergence(network, traced, alone) is not None
+            network, _, where = _applied(model, traced, alone, claims)
+            broken = where is not None
             one = None if broken else _prove(model, network, traced, alone, claims)
             if broken or (one is not None and one.difference is not None and not one.holds):
                 found[group.classes] = True

@@ -44,12 +44,16 @@ def attribute_edits(original: nn.Module, cut: nn.Module, masks: Masks, traced: T
     edits: list[SetAttribute] = []
     touched = {tensor.rpartition(".")[0] for tensor, _ in masks}
     tied = {id(p): n for n, p in cut.named_parameters()}
+    of_module: dict[str, dict[tuple[str, int], Tensor]] = {}
+    for (tensor, dim), mask in masks.items():
+        path, _, leaf = tensor.rpartition(".")
+        of_module.setdefault(path, {})[leaf, dim] = mask
     for path, module in cut.named_modules():
         own = [tied.get(id(p)) for p in module.parameters(recurse=False)]
         if path in touched or any(n and n.rpartition(".")[0] in touched for n in own):
             for kind, describe in _DECLARES:
                 if isinstance(module, kind):
-                    edits += _changed(path, cast(nn.Module, module), describe(module, original.get_submodule(path), _of(masks, path)))
+                    edits += _changed(path, cast(nn.Module, module), describe(module, original.get_submodule(path), of_module.get(path, {})))
                     break
             else:
                 edits += _changed(path, module, _norm_of_its_own(module, original.get_submodule(path)))
@@ -71,11 +75,6 @@ def attention_edits(network: nn.Module, masks: Masks) -> list[AdaptAttention]:
         for n, m in network.named_modules()
         if original_attention(m) and any(t == n or t.startswith(f"{n}.") for t in cut)
     ]
-
-
-def _of(masks: Masks, path: str) -> dict[tuple[str, int], Tensor]:
-    prefix = f"{path}." if path else ""
-    return {(t.removeprefix(prefix), d): m for (t, d), m in masks.items() if t.rpartition(".")[0] == path}
 
 
 def _changed(path: str, module: nn.Module, values: dict[str, Any]) -> list[SetAttribute]:

@@ -18,6 +18,7 @@ from gossamer.adapters import SCALE, free_attention, numbers_in, sets_scale, wit
 from gossamer.plan import RescaleCall, SetAttribute
 from gossamer.sources.batches import call
 from gossamer.surgery.prediction import Prediction
+from gossamer.surgery.replay import Check
 from gossamer.trace import Site, Sites, Step, Trace, plain_forward
 
 Number = int | float
@@ -106,14 +107,16 @@ class Repair:
                         at = i + 1
                         break
 
-    def needed(self, model: nn.Module) -> Needed:
-        """Run a cut network with every number put right, and tell which had to be."""
+    def needed(self, model: nn.Module) -> tuple[Needed, bool]:
+        """Run a cut network with every number put right: which had to be, and whether it ran as predicted, with none put right."""
         needed: Needed = {}
         number = -1
+        check = Check(self.traced, self.predict, stops=False)
 
         def before(name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
             nonlocal number
             number += 1
+            check.at_site(name, args, kwargs)
             if number >= len(self.traced.sites) or self.traced.sites[number].call != name:
                 raise _Stop
             site = self.traced.sites[number]
@@ -133,9 +136,12 @@ class Repair:
             needed[site.path, site.call, site.ordinal] = needed.get((site.path, site.call, site.ordinal), {}) | ratios
             return with_numbers(args, kwargs, ratios)
 
-        with plain_forward(model), free_attention(model), suppress(Exception), Sites(before, lambda: None):
-            call(model, self.traced.example_inputs)  # a failure is found again when the network is held against its trace
-        return needed
+        as_predicted = False
+        with plain_forward(model), free_attention(model), suppress(Exception):
+            with Sites(before, check.off_site), check:
+                call(model, self.traced.example_inputs)  # a failure is found again when the network is held against its trace
+            as_predicted = check.complete()
+        return needed, as_predicted and not needed
 
 
 def _run(leaves: Sequence[Any], old: Sequence[int], new: Sequence[int], first: int = 0) -> dict[int, Number]:

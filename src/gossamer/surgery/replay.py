@@ -20,19 +20,27 @@ _OPAQUE = frozenset(["linear", "einsum", "tensordot", "matmul", "__matmul__", "_
 _ALIASES = {"_unsafe_view": "view", "_reshape_alias": "view", "reshape": "view"}
 
 
-class _Diverged(Exception):
+class Diverged(Exception):
     """The pass does something else than predicted."""
 
 
-class _Check(TorchDispatchMode):
-    """Compares every operation that gives tensors with the step of the trace, and stops at the first that differs."""
+class Check(TorchDispatchMode):
+    """Compares every operation that gives tensors with the step of the trace, and stops at the first that differs.
 
-    def __init__(self, traced: Trace, predict: Prediction) -> None:
+    Args:
+        traced: of the original.
+        predict: of the cut network.
+        stops: whether the pass ends there, by `Diverged`; else the rest goes unwatched.
+    """
+
+    def __init__(self, traced: Trace, predict: Prediction, *, stops: bool = True) -> None:
         super().__init__()
         self.steps, self.predict = traced.steps, predict
         self.at = 0
         self.what = ""
+        self._stops = stops
         self._site = -1
+        self._last_of = {step.site: i for i, step in enumerate(traced.steps)}
         self._inside: list[Shape] | None = None
         self._result: tuple[int, Shape] | None = None
 
@@ -47,11 +55,11 @@ class _Check(TorchDispatchMode):
         if self._inside is None:
             return
         made, self._inside = self._inside, None
-        steps = [i for i in range(self.at, len(self.steps)) if self.steps[i].site == self._site]
-        if not steps or not made:
+        last = self._last_of.get(self._site, -1)
+        if last < self.at or not made:
             return
-        self._result = steps[-1], made[-1]
-        self.at = steps[-1] + 1
+        self._result = last, made[-1]
+        self.at = last + 1
 
     def finish(self) -> None:
         """Compare what the last contraction gave; later, because computing here would be watched too."""
@@ -63,10 +71,18 @@ class _Check(TorchDispatchMode):
             self.at = at
             self._stop(f"gives shape {shape} where {predicted} was expected")
 
+    def complete(self) -> bool:
+        """Whether the pass, which is over, did all that was predicted."""
+        if not self.what:
+            self.finish()
+        return not self.what and all(s.op in _COPIES for s in self.steps[self.at :])
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self.finish()
         out = func(*args, **kwargs)
+        if self.what:
+            return out
         name = rule_of(func)[0]
         if self._inside is not None:
             self._inside += [tuple(t.shape) for t in _tensors(out)[:1]]
@@ -76,25 +92,26 @@ class _Check(TorchDispatchMode):
                 while self.at < len(self.steps) and self.steps[self.at].op in _COPIES:
                     self.at += 1
                 self._compare(_ALIASES.get(name, name), shapes, args, kwargs)
-                self.at += 1
         return out
 
     def _compare(self, name: str, shapes: list[Shape], args: Any, kwargs: Any) -> None:
         if self.at >= len(self.steps):
-            self._stop(f"runs {name} after its last operation")
+            return self._stop(f"runs {name} after its last operation")
         step = self.steps[self.at]
         if name != _ALIASES.get(step.op, step.op):
-            self._stop(f"runs {name} instead of {step.op}")
+            return self._stop(f"runs {name} instead of {step.op}")
         predicted = self.predict.shapes(step)
         if any(p is not None and p != s for p, s in zip(predicted, shapes, strict=False)):
-            self._stop(f"gives shape {shapes[0]} where {predicted[0]} was expected")
+            return self._stop(f"gives shape {shapes[0]} where {predicted[0]} was expected")
         scalars = scalars_of(step.op, args, kwargs)
         if len(scalars) == len(step.scalars) and not all(map(_close, scalars, step.scalars)):
-            self._stop(f"computes with {scalars[0]:.4g} where the original has {step.scalars[0]:.4g}")
+            return self._stop(f"computes with {scalars[0]:.4g} where the original has {step.scalars[0]:.4g}")
+        self.at += 1
 
     def _stop(self, what: str) -> None:
         self.what = what
-        raise _Diverged
+        if self._stops:
+            raise Diverged
 
 
 def _close(a: float, b: float) -> bool:
@@ -133,21 +150,22 @@ def first_divergence(model: nn.Module, traced: Trace, removed: Tensor) -> Diverg
     Returns:
         The step and what happened there; None where the pass runs as predicted.
     """
-    check = _Check(traced, Prediction(traced, removed))
+    check = Check(traced, Prediction(traced, removed))
     with plain_forward(model), free_attention(model):
         try:
             with Sites(check.at_site, check.off_site), check:
                 call(model, traced.example_inputs)
-            check.finish()
-        except _Diverged:
+            complete = check.complete()
+        except Diverged:
             return Divergence(check.at, check.what)
         except Exception as e:
             if check.what:  # user code caught and wrapped it
                 return Divergence(check.at, check.what)
             reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
             return Divergence(min(check.at, len(traced.steps) - 1), reason, raised=True)
-    left = [s for s in traced.steps[check.at :] if s.op not in _COPIES]
-    if left:
+    if check.what:
+        return Divergence(check.at, check.what)
+    if not complete:
         return Divergence(len(traced.steps) - 1, f"runs {check.at} operations instead of {len(traced.steps)}")
     return None
 

@@ -113,7 +113,8 @@ class Ledger:
         """Labels at the same position belong together; one that meets 0 must stay."""
         if a is b:
             return
-        a, b = torch.broadcast_tensors(a, b)
+        if a.shape != b.shape:
+            a, b = torch.broadcast_tensors(a, b)
         x, y = flat(a), flat(b)
         differ = x != y
         if not differ.any():
