@@ -68,6 +68,12 @@ class AdaptAttention(_Edit):
     module: str
 
 
+class AsGraph(_Edit):
+    """Write the network down as one graph of tensor operations, its sizes as constants (`torch.export`); parameters keep their names."""
+
+    kind: Literal["as_graph"] = "as_graph"
+
+
 class QuantizeWeight(_Edit):
     """Store a weight as integers: ``w = (q - zero_point) * step``, along ``axis`` (None: one step for the tensor)."""
 
@@ -95,7 +101,8 @@ class QuantizeActivation(_Edit):
 
 
 Edit = Annotated[
-    Keep | SetAttribute | RescaleCall | AdaptAttention | AddBias | QuantizeWeight | QuantizeActivation, Field(discriminator="kind")
+    Keep | SetAttribute | RescaleCall | AdaptAttention | AddBias | AsGraph | QuantizeWeight | QuantizeActivation,
+    Field(discriminator="kind"),
 ]
 StructureEdit = Keep | SetAttribute | RescaleCall | AdaptAttention | AddBias
 _QUANTIZE = (QuantizeWeight, QuantizeActivation)
@@ -148,7 +155,15 @@ class Plan(BaseModel):
         Raises:
             PlanError: an edit names a tensor or module that ``model`` does not have, or does not fit it.
         """
-        edited = apply_structure(model, [e for e in self.edits if not isinstance(e, _QUANTIZE)])
+        edited, structure = model, list[StructureEdit]()
+        for edit in (e for e in self.edits if not isinstance(e, _QUANTIZE)):
+            if isinstance(edit, AsGraph):
+                from gossamer.trace.capture import capture
+
+                edited, structure = capture(apply_structure(edited, structure), self.example_inputs()), []
+            else:
+                structure.append(edit)
+        edited = apply_structure(edited, structure)
         quantize = [e for e in self.edits if isinstance(e, _QUANTIZE)]
         if quantize:
             from gossamer.quantization import apply_edits
@@ -213,6 +228,8 @@ class Plan(BaseModel):
                     lines.append(f"  adapt     {e.module}: attention with any number of heads")
                 case AddBias():
                     lines.append(f"  add bias  {e.module} [{e.size}]")
+                case AsGraph():
+                    lines.append("  as graph  the network: one graph of tensor operations")
                 case QuantizeWeight():
                     where = "whole tensor" if e.axis is None else f"{len(e.steps)} steps along {e.axis}"
                     lines.append(f"  quantise  {e.tensor}: {e.bits} bit {'signed' if e.signed else 'unsigned'}, {where}")

@@ -205,6 +205,7 @@ def test_batch_norm_statistics_are_those_of_the_data():
         ({"macs": 0.5, "importance": "l3"}, UsageError, "known are"),
         ({"macs": 0.5, "importance": "taylor"}, UsageError, "needs calibration"),
         ({"macs": 0.5, "scope": "everywhere"}, UsageError, "global"),
+        ({"macs": 0.5, "form": "grph"}, UsageError, "did you mean 'graph'"),
         ({"macs": 0.01}, BudgetError, "lowest possible"),
         ({"ratio": 0.5, "ignore": ["*"]}, NothingToDo, "nothing can be pruned"),
     ],
@@ -365,6 +366,25 @@ def test_steps_end_where_one_shot_does_and_the_plan_replays(target):
         assert 0.4 < getattr(result.after, kind) / getattr(result.before, kind) <= 0.5 * 1.005
     assert result.proof.holds
     again = result.plan.apply(net)
+    again.load_state_dict(result.model.state_dict())
+    assert torch.equal(again(*INPUTS), result.model(*INPUTS))
+
+
+def test_steps_as_a_graph_recover_a_module():
+    from torch import fx
+
+    from gossamer.pruning import prune_in_steps
+
+    seen = []
+
+    def recover(model, step):
+        seen.append(type(model))
+        return model
+
+    result = prune_in_steps(network(), INPUTS, ratio=0.5, steps=2, form="graph", recover=recover)
+    assert fx.GraphModule not in seen
+    assert isinstance(result.model, fx.GraphModule)
+    again = result.plan.apply(network())
     again.load_state_dict(result.model.state_dict())
     assert torch.equal(again(*INPUTS), result.model(*INPUTS))
 

@@ -202,6 +202,27 @@ def test_a_network_with_rescaled_calls_reloads_bit_for_bit_and_exports(tmp_path)
     assert exported is not None
 
 
+@pytest.mark.parametrize("style", ["attribute", "numbers", "batch"])
+def test_as_a_graph_it_computes_the_same_at_any_batch_size_and_reloads(style, tmp_path):
+    from torch import fx
+
+    torch.manual_seed(0)
+    net, inputs = Net(style).eval(), (torch.randn(2, 5, 6),)
+    module = gs.prune(net, inputs, ratio=0.5, scope="layer")
+    graph = gs.prune(net, inputs, ratio=0.5, scope="layer", form="graph")
+    assert isinstance(graph.model, fx.GraphModule)
+    assert not isinstance(module.model, fx.GraphModule)
+    more = torch.randn(7, 5, 6)
+    assert torch.allclose(graph.model(more), module.model(more), atol=1e-6)
+    sizes = {n.target for n in graph.model.graph.nodes if n.op == "call_function"}
+    assert any("view" in str(t) or "reshape" in str(t) for t in sizes)
+    again = gs.load(graph.save(tmp_path / "run"), model=Net(style))
+    assert isinstance(again, fx.GraphModule)
+    assert torch.equal(again(more), graph.model(more))
+    assert "as graph" in str(graph.plan)
+    assert gs.quantize(graph.model, inputs, calibration=[more]).model(more).shape == (7, *graph.model(more).shape[1:])
+
+
 def test_pruning_twice_composes():
     torch.manual_seed(0)
     net, inputs = Net("batch").eval(), (torch.randn(2, 5, 6),)

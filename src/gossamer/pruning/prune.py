@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.errors import BudgetError, NothingToDo, SelectorError, UsageError, WeightsError, near
-from gossamer.plan import Plan, StructureEdit, input_specs
+from gossamer.plan import AsGraph, Plan, StructureEdit, input_specs
 from gossamer.pruning.allocation import Family, choose, everything, families
 from gossamer.pruning.batchnorm import reestimate_batch_norm
 from gossamer.pruning.compensation import compensate as fold_back
@@ -22,7 +22,9 @@ from gossamer.result import Profile, Result
 from gossamer.sources.batches import check_inputs
 from gossamer.surgery import Cut, cut
 from gossamer.trace import ChannelMap, Trace, costs, trace
+from gossamer.trace.capture import capture
 
+FORMS = ("module", "graph")
 _ATTEMPTS = 4  # times that classes are chosen again where some turn out to be frozen, or the target is not quite met
 
 
@@ -43,6 +45,7 @@ def prune(
     scope: str = "global",
     floor: float = 0.1,
     attention: str = "heads",
+    form: str = "module",
     threads: int = 1,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
@@ -73,6 +76,8 @@ def prune(
         scope: ``"global"`` lets layers compete, ``"layer"`` takes the same fraction of each.
         floor: fraction of each family that stays at least, in [0, 1].
         attention: what leaves an attention: ``"heads"`` (whole ones), or ``"head_dim"`` (the same positions of all of them).
+        form: ``"module"``, a network of the caller's own classes, or ``"graph"``: one graph of tensor operations (a `torch.fx.GraphModule`
+            from `torch.export`), with every size a constant. A graph computes as in eval mode: train the module, not the graph.
         threads: of ONNX Runtime, for a latency target.
         seed: of ``importance="random"``.
         progress: called with stages done and all.
@@ -86,10 +91,12 @@ def prune(
         BudgetError: the target cannot be reached; it says the lowest that can.
         NothingToDo: nothing can be pruned; the reasons are listed.
         TraceError: the network fails on the example inputs.
+        ExportError: ``form="graph"`` of a network whose forward branches on a tensor's value.
     """
     target, kind = one_target(ratio=ratio, macs=macs, params=params, latency=latency)
     if scope not in ("global", "layer"):
         raise UsageError(f"scope={scope!r}: known are global, layer{near(str(scope), ('global', 'layer'))}")
+    check_form(form)
     if round_to < 1 or not 0 <= floor <= 1:
         raise UsageError(f"round_to={round_to} must be at least 1 and floor={floor} within [0, 1]")
     _check_finite(model)
@@ -126,7 +133,7 @@ def prune(
             notes += left
         if reestimate_bn:
             reestimate_batch_norm(made.model, calibration, example_inputs)
-    return Result(
+    result = Result(
         model=made.model,
         plan=Plan(edits=tuple(edits), inputs=input_specs(example_inputs)),
         before=traced.profile,
@@ -135,6 +142,21 @@ def prune(
         example_inputs=example_inputs,
         notes=tuple(notes),
     )
+    return in_form(result, form)
+
+
+def in_form(result: Result, form: str) -> Result:
+    """A pruned network as ``"module"``, which it is, or as ``"graph"``."""
+    if form == "module":
+        return result
+    graph = capture(result.model, result.example_inputs)
+    return result.with_(model=graph, plan=result.plan + [AsGraph()], notes=(*result.notes, *graph.meta["notes"]))
+
+
+def check_form(form: str) -> None:
+    """UsageError for another form than `FORMS`."""
+    if form not in FORMS:
+        raise UsageError(f"form={form!r}: known are {', '.join(FORMS)}{near(str(form), FORMS)}")
 
 
 def one_target(**given: float | str | None) -> tuple[float | str, str]:

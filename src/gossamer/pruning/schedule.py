@@ -10,7 +10,7 @@ from torch import nn
 from gossamer.errors import NothingToDo, UsageError, near
 from gossamer.plan import Plan
 from gossamer.pruning.latency import fraction
-from gossamer.pruning.prune import one_target, prune, within
+from gossamer.pruning.prune import check_form, in_form, one_target, prune, within
 from gossamer.result import Proof, Result
 from gossamer.sources.batches import check_inputs
 
@@ -55,6 +55,7 @@ def prune_in_steps(
     params: float | None = None,
     latency: float | str | None = None,
     calibration: Iterable[Any] | None = None,
+    form: str = "module",
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> Result:
@@ -81,6 +82,7 @@ def prune_in_steps(
             parameters that are no longer part of the network.
         ratio, macs, params, latency: the target of the last step, exactly one of them, as for `prune`.
         calibration: batches, for every step.
+        form: of the network at the end, as for `prune`; ``recover`` always gets a module.
         progress: called with steps done and all.
         options: of every step, as for `prune`.
 
@@ -92,6 +94,7 @@ def prune_in_steps(
         BudgetError: the target cannot be reached.
         NothingToDo: no step finds anything to prune.
     """
+    check_form(form)
     final, kind = one_target(ratio=ratio, macs=macs, params=params, latency=latency)
     example_inputs = check_inputs(example_inputs)
     if kind == "latency":
@@ -125,7 +128,7 @@ def prune_in_steps(
     if not results:
         raise NothingToDo("; ".join(notes))
     proofs = [r.proof for r in results if r.proof is not None]
-    return Result(
+    result = Result(
         model=network,
         plan=Plan(edits=tuple(e for r in results for e in r.plan.edits), inputs=results[0].plan.inputs),
         before=results[0].before,
@@ -134,6 +137,7 @@ def prune_in_steps(
         example_inputs=example_inputs,
         notes=tuple(dict.fromkeys([*notes, *(n for r in results for n in r.notes)])),
     )
+    return in_form(result, form)
 
 
 def _difference(proof: Proof) -> float:

@@ -53,7 +53,9 @@ def attribute_edits(original: nn.Module, cut: nn.Module, masks: Masks, traced: T
         if path in touched or any(n and n.rpartition(".")[0] in touched for n in own):
             for kind, describe in _DECLARES:
                 if isinstance(module, kind):
-                    edits += _changed(path, cast(nn.Module, module), describe(module, original.get_submodule(path), of_module.get(path, {})))
+                    edits += _changed(
+                        path, cast(nn.Module, module), describe(module, original.get_submodule(path), of_module.get(path, {}))
+                    )
                     break
             else:
                 edits += _changed(path, module, _norm_of_its_own(module, original.get_submodule(path)))

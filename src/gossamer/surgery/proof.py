@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 
 from gossamer.result import Proof
 from gossamer.sources.batches import call, outputs
@@ -30,26 +31,44 @@ def prove(original: nn.Module, pruned: nn.Module, traced: Trace, removed: Tensor
     Returns:
         A `Proof`; inexact groups that lose channels are named in it by the caller.
     """
-    zeroed: dict[str, Tensor] = {}
     state = {**dict(original.named_parameters()), **dict(original.named_buffers())}
+    zeroed = _Zeroed()
     for (tensor, dim), keep in traced.channels.keep_masks(removed).items():
         if (tensor, dim) in traced.classes.consumers:
-            w = zeroed.get(tensor, state[tensor].detach())
-            zeroed[tensor] = w * _spread(keep.to(w.device), w, dim)
-    with plain_forward(original):
-        expected = outputs(functional_call(original, zeroed, _positional(traced), _keyword(traced)))
+            zeroed.add(state[tensor], keep, dim)
+    with plain_forward(original), zeroed:
+        expected = outputs(call(original, traced.example_inputs))
     with plain_forward(pruned):
         found = outputs(call(pruned, traced.example_inputs))
     names = tuple(g.name for g in traced.channels.groups if bool(removed[g.classes].any()))
     return Proof("zeroed", difference(expected, found), TOLERANCE, names)
 
 
-def _positional(traced: Trace) -> tuple[Tensor, ...]:
-    return () if isinstance(traced.example_inputs, dict) else tuple(traced.example_inputs)
+class _Zeroed(TorchFunctionMode):
+    """Every torch function that is given one of some weights gets it with zeros; a zeroed copy lives no longer than the call."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._masks: dict[int, tuple[Tensor, list[tuple[Tensor, int]]]] = {}
 
-def _keyword(traced: Trace) -> dict[str, Tensor]:
-    return dict(traced.example_inputs) if isinstance(traced.example_inputs, dict) else {}
+    def add(self, weight: Tensor, keep: Tensor, dim: int) -> None:
+        """Zero what ``keep`` (one axis of the weight) leaves out."""
+        self._masks.setdefault(id(weight), (weight, []))[1].append((keep, dim))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*self._with_zeros(args), **self._with_zeros(kwargs or {}))
+
+    def _with_zeros(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if id(value) not in self._masks:
+                return value
+            w = value.detach()
+            for keep, dim in self._masks[id(value)][1]:
+                w = w * _spread(keep.to(w.device), w, dim)
+            return w
+        if isinstance(value, dict):
+            return {k: self._with_zeros(v) for k, v in value.items()}
+        return type(value)(map(self._with_zeros, value)) if type(value) in (tuple, list) else value
 
 
 def _spread(keep: Tensor, weight: Tensor, dim: int) -> Tensor:
