@@ -14,12 +14,15 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from gossamer.adapters import free_attention
 from gossamer.plan import AddBias
 from gossamer.profiling.runtime import evaluating
-from gossamer.sources.batches import split
+from gossamer.pruning.reading import Batches
+from gossamer.sources.batches import Batch
 
 RIDGE = 0.1
 """Regularisation, as a fraction of the mean variance of the channels that stay."""
 STAGES = 24
 """Sweeps at most: consumers are fitted in this many groups, in execution order, each on what the groups before it made of the network."""
+ROWS = 8192
+"""Most positions of a batch that a layer is fitted on, drawn with a fixed seed."""
 
 
 class _Enough(Exception):
@@ -44,6 +47,9 @@ class _Moments:
         return cls(0, zeros(size_x), zeros(size_y), zeros(size_x, size_y), zeros(size_y, size_y))
 
     def add(self, x_NI: Tensor, y_NK: Tensor) -> None:
+        if len(x_NI) > ROWS:  # positions of a picture say much the same
+            drawn = torch.randint(len(x_NI), (ROWS,), generator=torch.Generator().manual_seed(0)).to(x_NI.device)
+            x_NI, y_NK = x_NI[drawn], y_NK[drawn]
         self.n += len(x_NI)
         self.x += x_NI.sum(0).double()
         self.y += y_NK.sum(0).double()
@@ -93,7 +99,7 @@ def compensate(
         original: the source network.
         pruned: its cut copy, changed in place.
         masks: from `ChannelMap.keep_masks`.
-        batches: calibration batches, read once a stage.
+        batches: calibration batches, swept over once a stage.
         example_inputs: tells inputs from targets.
         ridge: regularisation.
         stages: most sweeps over the batches.
@@ -103,27 +109,26 @@ def compensate(
         The biases that were added, as edits, and one line for each thing that was left alone.
     """
     with free_attention(original):  # so that the layers inside an attention are called as layers
-        return _compensate(original, pruned, masks, batches, example_inputs, ridge, stages, progress)
+        return _compensate(original, pruned, masks, Batches(batches, example_inputs, original), ridge, stages, progress)
 
 
 def _compensate(
     original: nn.Module,
     pruned: nn.Module,
     masks: Mapping[tuple[str, int], Tensor],
-    batches: Iterable[Any],
-    example_inputs: Any,
+    batches: Iterable[Batch],
     ridge: float,
     stages: int,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[list[AddBias], tuple[str, ...]]:
-    calls, notes = _consumers(original, masks, batches, example_inputs)
+    calls, notes = _consumers(original, masks, batches)
     consumers = list(dict.fromkeys(calls))
-    norms = _following_norms(pruned, consumers, batches, example_inputs)
+    norms = _following_norms(pruned, consumers, batches)
     groups = [consumers[i * len(consumers) // stages : (i + 1) * len(consumers) // stages] for i in range(stages)]
     groups = [g for g in groups if g]
     edits: list[AddBias] = []
     for done, group in enumerate(groups):
-        moments = _measure(original, pruned, masks, group, calls.count(group[-1]) == 1, batches, example_inputs)
+        moments = _measure(original, pruned, masks, group, calls.count(group[-1]) == 1, batches)
         for name in group:
             if moments[name].n:
                 edits += _fold(original, pruned, name, masks, moments[name], ridge, norms.get(name))
@@ -141,9 +146,7 @@ def _axis(module: nn.Module) -> int | None:
     return None
 
 
-def _consumers(
-    original: nn.Module, masks: Mapping[tuple[str, int], Tensor], batches: Iterable[Any], example_inputs: Any
-) -> tuple[list[str], tuple[str, ...]]:
+def _consumers(original: nn.Module, masks: Mapping[tuple[str, int], Tensor], batches: Iterable[Batch]) -> tuple[list[str], tuple[str, ...]]:
     """Names of the layers that lost inputs, one for each call, in execution order."""
     modules = dict(original.named_modules())
     wanted = []
@@ -161,16 +164,15 @@ def _consumers(
             skipped.append(f"grouped convolution {path}")
     order: list[str] = []
     handles = [modules[n].register_forward_hook(lambda *_, n=n: order.append(n)) for n in wanted]
-    _once(original, batches, example_inputs)
+    _once(original, batches)
     for h in handles:
         h.remove()
     note = (f"not compensated: {', '.join(skipped[:3])}{f' and {len(skipped) - 3} more' if len(skipped) > 3 else ''}",) if skipped else ()
     return order, note
 
 
-def _once(model: nn.Module, batches: Iterable[Any], example_inputs: Any) -> None:
-    for raw in batches:
-        batch = split(raw, example_inputs)
+def _once(model: nn.Module, batches: Iterable[Batch]) -> None:
+    for batch in batches:
         with evaluating(model):
             model(*batch.args, **batch.kwargs)
         return
@@ -190,8 +192,7 @@ def _measure(
     masks: Mapping[tuple[str, int], Tensor],
     group: Sequence[str],
     stop_early: bool,
-    batches: Iterable[Any],
-    example_inputs: Any,
+    batches: Iterable[Batch],
 ) -> dict[str, _Moments]:
     """Moments of the inputs of ``group``, both networks run on the same batches, up to its last layer where that is called once."""
     ours, theirs = dict(pruned.named_modules()), dict(original.named_modules())
@@ -217,8 +218,7 @@ def _measure(
     if stop_early:
         handles += [modules[last].register_forward_pre_hook(stop) for modules in (theirs, ours)]
     try:
-        for raw in batches:
-            batch = split(raw, example_inputs)
+        for batch in batches:
             for network in (original, pruned):
                 with evaluating(network):
                     try:
@@ -234,7 +234,7 @@ def _measure(
     return moments
 
 
-def _following_norms(model: nn.Module, names: Sequence[str], batches: Iterable[Any], example_inputs: Any) -> dict[str, _BatchNorm]:
+def _following_norms(model: nn.Module, names: Sequence[str], batches: Iterable[Batch]) -> dict[str, _BatchNorm]:
     """For each layer without a bias: the batch norm whose input is exactly what that layer gave, where there is one."""
     made: dict[int, str] = {}
     alive: list[Tensor] = []
@@ -256,7 +256,7 @@ def _following_norms(model: nn.Module, names: Sequence[str], batches: Iterable[A
     handles = [m.register_forward_hook(give(n)) for n, m in layers.items() if m.bias is None]
     handles += [m.register_forward_pre_hook(take) for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     try:
-        _once(model, batches, example_inputs)
+        _once(model, batches)
     finally:
         for h in handles:
             h.remove()
