@@ -22,7 +22,7 @@ from gossamer.models import resnet8
 from gossamer.run_folder import load_weights, processor, save_weights
 
 
-def student(width: int = 16) -> nn.Module:
+def student(width: int = 12) -> nn.Module:
     """Three convolutions, 1x28x28 in."""
 
     def block(i: int, o: int, stride: int) -> nn.Sequential:
@@ -69,7 +69,7 @@ def accuracy(model: nn.Module, data: DataLoader) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--teacher-epochs", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="*", help="methods to run; default: all")

@@ -192,7 +192,7 @@ def _needs_no_teacher(loss: OutputLoss | None) -> bool:
 
 def _weights(given: Sequence[float] | None, n: int) -> list[float]:
     if given is None:
-        return [1 / n] * n
+        return [1 / n] * n if n else []
     if len(given) != n or not all(w >= 0 for w in given) or not sum(given) > 0:
         raise UsageError(f"{n} teachers need {n} weights of at least 0, not {list(given)}")
     return [float(w) for w in given]

@@ -93,8 +93,8 @@ def save(folder: Path, parts: Parts, progress: Progress, settings: dict[str, Any
         tensors |= {f"{key}.{name}": tensor for name, tensor in state_of(module).items()}
     tensors |= {f"best.{name}": tensor.clone().contiguous() for name, tensor in parts.best.items()}
     scalars: dict[str, Any] = {}
-    for index, state in parts.optimizer.state_dict()["state"].items():
-        for key, value in state.items():
+    for index, parameter in enumerate(_parameters(parts.optimizer)):
+        for key, value in parts.optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 tensors[f"optimizer.{index}.{key}"] = value.detach().to("cpu", copy=True).contiguous()
             else:
@@ -205,11 +205,19 @@ def _read_last_good(folder: Path) -> tuple[Path, dict[str, Any], dict[str, Tenso
 
 
 def _restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
-    state: dict[int, dict[str, Any]] = {}
+    """As each optimiser made it, of its own type: ``load_state_dict`` would turn 8-bit state into floats."""
+    parameters = _parameters(optimizer)
+    fused = {id(p) for g in optimizer.param_groups if g.get("fused") or g.get("capturable") for p in g["params"]}
     for name, value in (*tensors.items(), *scalars.items()):
         index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        parameter = parameters[int(index)]
+        if isinstance(value, Tensor) and (key != "step" or id(parameter) in fused):
+            value = value.to(parameter.device)
+        optimizer.state[parameter][key] = value
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
