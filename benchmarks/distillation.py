@@ -40,6 +40,7 @@ def methods(teacher: nn.Module) -> dict[str, dict[str, object] | None]:
     return {
         "plain": None,
         "kd": {},
+        "kd, alpha 0.5, tau 2": {"alpha": 0.5, "tau": 2.0},
         "kd, standardised logits": {"loss": "kd_standardized", "tau": 2.0},
         "dkd": {"loss": "dkd"},
         "dist": {"loss": "dist"},
@@ -69,7 +70,7 @@ def accuracy(model: nn.Module, data: DataLoader) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--teacher-epochs", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="*", help="methods to run; default: all")

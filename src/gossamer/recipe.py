@@ -57,20 +57,52 @@ class Fit(_Step):
     kind: ClassVar[str] = "fit"
     epochs: int = Field(1, ge=1)
     lr: float = Field(1e-3, gt=0)
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "sgd", "adafactor", "adamw8bit"] = "adamw"
     weight_decay: float = Field(0.01, ge=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
     warmup: float = Field(0.05, ge=0, lt=1)
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    clip: float | None = Field(None, gt=0)
+    accumulate: int = Field(1, ge=1)
+    ema: float | None = Field(None, gt=0, lt=1)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    memory_budget: str | None = None
+    optimizer_in_backward: bool = False
     batch_size: int = Field(64, ge=1)
     penalty: Literal["bn_l1", "group_lasso"] | None = None
     penalty_weight: float = Field(1e-4, gt=0)
 
+    @model_validator(mode="after")
+    def _check_memory(self) -> Fit:
+        if self.memory_budget is not None:
+            quantity(self.memory_budget, SIZE_UNITS, "memory_budget")
+        return self
+
 
 class Distill(Fit):
-    """Train on labels and on the original network's outputs: (1-alpha) CE + alpha tau^2 KL."""
+    """Train on labels and on the original network's outputs: (1-alpha) CE + alpha tau^2 KL, or another loss.
+
+    ``alpha`` and ``tau`` default to those of the loss. ``features`` maps modules of the student to those of the original network.
+    """
 
     kind: ClassVar[str] = "distill"
-    alpha: float = Field(0.9, ge=0, le=1)
-    tau: float = Field(4.0, gt=0)
+    loss: Literal["kd", "kd_standardized", "dkd", "dist", "nkd", "self", "regression"] = "kd"
+    alpha: float | None = Field(None, ge=0)
+    tau: float | None = Field(None, gt=0)
+    features: dict[str, str] | tuple[str, ...] = ()
+    feature_loss: Literal["fitnet", "attention", "similarity", "rkd", "channelwise"] = "fitnet"
+    feature_weight: float = Field(1.0, ge=0)
+    teacher_cache: bool = False
+
+    @model_validator(mode="after")
+    def _check_alpha(self) -> Distill:
+        if self.alpha is not None and self.loss in ("dist", "nkd"):
+            raise ValueError(f"loss {self.loss} takes no alpha")
+        if self.alpha is not None and self.alpha > 1 and self.loss != "dkd":
+            raise ValueError("alpha must be in [0, 1]")
+        if self.tau is not None and self.loss == "regression":
+            raise ValueError("loss regression takes no tau")
+        return self
 
 
 class Quantize(_Step):

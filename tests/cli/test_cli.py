@@ -21,7 +21,10 @@ OPTIONS = {
         *{"--data", "--out", "--recipe", "--budget", "--weights", "--calibration"},
         *{"--dry-run", "--resume", "--threads", "--seed", "--json"},
     },
-    "train": {"--data", "--out", "--weights", "--epochs", "--lr", "--optimizer", "--batch-size", "--resume", "--seed", "--json"},
+    "train": {
+        *{"--data", "--out", "--weights", "--epochs", "--lr", "--optimizer", "--batch-size", "--accumulate", "--precision"},
+        *{"--memory-budget", "--explain-memory", "--workers", "--skip-unreadable", "--resume", "--seed", "--json"},
+    },
     "export": {"--format", "--out", "--json"},
     "bench": {"--runtime", "--threads", "--input", "--seconds", "--json"},
     "report": {"--json"},
@@ -62,6 +65,9 @@ def test_the_set_of_options_is_frozen():
         (["bench", "gossamer:resnet8", "--runtime", "onnxruntim"], "onnxruntime"),
         (["export", "absent"], "absent"),
         (["train", "gossamer:resnet8", "--data", "digits", "--out", "out", "--optimizer", "adam"], "adamw"),
+        (["train", "gossamer:resnet8", "--data", "digits"], "--explain-memory"),
+        (["train", "gossamer:resnet8?in_channels=1", "--data", "digits", "--out", "out", "--precision", "fp8"], "bf16"),
+        (["train", "gossamer:resnet8?in_channels=1", "--data", "digits", "--explain-memory", "--memory-budget", "9"], "unit"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, words, capsys, tmp_path, monkeypatch):
@@ -143,3 +149,63 @@ def test_train_then_compress_report_bench_and_export(capsys, tmp_path):
 def test_help_does_not_import_torch():
     code = "import sys, gossamer.cli._commands; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_explain_memory_prints_table_and_picture_and_trains_nothing(capsys, tmp_path):
+    pytest.importorskip("sklearn")
+    out = tmp_path / "never"
+    arguments = [
+        "train",
+        "gossamer:resnet8?in_channels=1",
+        "--data",
+        "digits",
+        "--explain-memory",
+        "--batch-size",
+        "256",
+        "--out",
+        str(out),
+    ]
+    assert call(*arguments) == 0
+    text = capsys.readouterr().out
+    for word in ("weights", "gradients", "optimiser state", "activations", "stem", "alive during a plain step", "peak, plain"):
+        assert word in text
+    assert call(*arguments, "--json") == 0
+    plain = json.loads(capsys.readouterr().out)
+    budget = f"{int(0.8 * plain['plain_peak_bytes'])}B"
+    assert call(*arguments, "--memory-budget", budget, "--json") == 0
+    small = json.loads(capsys.readouterr().out)
+    assert small["peak_bytes"] <= 0.8 * plain["plain_peak_bytes"]
+    assert small["choices"]
+    assert call(*arguments, "--memory-budget", "100kB") == 1
+    assert "smallest peak that was reached" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_bad_image_is_named_or_skipped_on_request(capsys, tmp_path):
+    from PIL import Image
+
+    for split, n in (("train", 6), ("val", 2)):
+        for label in ("0", "1"):
+            folder = tmp_path / "images" / split / label
+            folder.mkdir(parents=True)
+            for i in range(n):
+                Image.new("RGB", (8, 8), (40 * i, 90 * int(label), 0)).save(folder / f"{i}.png")
+    (tmp_path / "images" / "train" / "1" / "3.png").write_bytes(b"not a picture")
+    arguments = [
+        "train",
+        "gossamer:resnet8?num_classes=2",
+        "--data",
+        f"imagefolder:{tmp_path / 'images'}",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "4",
+    ]
+    assert call(*arguments, "--out", str(tmp_path / "a")) == 2
+    error = capsys.readouterr().err
+    assert "3.png" in error
+    assert len(error.strip().splitlines()) == 1
+    with pytest.warns(UserWarning, match=r"left out .*3\.png"):
+        assert call(*arguments, "--out", str(tmp_path / "b"), "--skip-unreadable") == 0
+    assert call(*arguments, "--out", str(tmp_path / "c"), "--workers", "1") == 2
+    assert "3.png" in capsys.readouterr().err

@@ -87,13 +87,13 @@ def test_no_match_lists_near_names():
         FeatureTaps(teacher(), ["stems"])
     with pytest.raises(SelectorError, match="did you mean"):
         distill(student(), teacher(), loader(), features=["stem.9"])
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.unused = nn.Linear(2, 2)
+    model.forward = lambda x: model[0](x)  # type: ignore[method-assign]
+    with FeatureTaps(model, ["unused"]) as taps:
+        model(torch.zeros(1, 2))
     with pytest.raises(SelectorError, match="did not call"):
-        model = nn.Sequential(nn.Linear(2, 2))
-        model.unused = nn.Linear(2, 2)
-        model.forward = lambda x: model[0](x)  # type: ignore[method-assign]
-        with FeatureTaps(model, ["unused"]) as taps:
-            model(torch.zeros(1, 2))
-        taps["unused"]
+        _ = taps["unused"]
 
 
 # Adapters

@@ -113,33 +113,53 @@ def _print_report(report: Any, *, as_json: bool, folder: Path | None) -> None:
 def train(
     model: ModelArg,
     data: DataOption,
-    out: Annotated[Path, typer.Option("--out", help="Folder to write the weights and the log to.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for weights, log and checkpoints; needed unless --explain-memory.")
+    ] = None,
     weights: Weights = None,
     epochs: Annotated[int, typer.Option("--epochs", min=1)] = 10,
     lr: Annotated[float, typer.Option("--lr", min=0.0, help="Peak learning rate.")] = 1e-3,
-    optimizer: Annotated[str, typer.Option("--optimizer", help="adamw or sgd.")] = "adamw",
+    optimizer: Annotated[str, typer.Option("--optimizer", help="adamw, sgd, adafactor or adamw8bit.")] = "adamw",
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 64,
+    accumulate: Annotated[int, typer.Option("--accumulate", min=1, help="Batches of one optimiser step.")] = 1,
+    precision: Annotated[str, typer.Option("--precision", help="fp32, bf16 or fp16.")] = "fp32",
+    memory_budget: Annotated[str | None, typer.Option("--memory-budget", help="Peak of a training step, for example 400MB.")] = None,
+    explain_memory: Annotated[
+        bool, typer.Option("--explain-memory", help="Print what a step takes, block by block; train nothing.")
+    ] = False,
+    workers: Annotated[int, typer.Option("--workers", min=0, help="Processes that read ahead.")] = 0,
+    skip_unreadable: Annotated[bool, typer.Option("--skip-unreadable", help="Leave out images that cannot be decoded.")] = False,
     resume: Resume = False,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Train a network on labelled data; an interrupted run continues with --resume to the same weights."""
     from gossamer.cli._console import progress, show
+    from gossamer.cli._train import explain, open_both
     from gossamer.cli._train import train as run
+    from gossamer.errors import RunFolderError
 
+    if out is None and not explain_memory:
+        raise RunFolderError("name the folder with --out, or look at the memory of a step with --explain-memory")
+    options: dict[str, Any] = {"optimizer": optimizer, "precision": precision, "memory_budget": memory_budget}
+    network, found = open_both(model, data, weights=weights, seed=seed, skip_unreadable=skip_unreadable)
+    if explain_memory or out is None:
+        show(explain(network, found, batch_size=batch_size, **options), as_json=as_json)
+        return
     with progress(quiet=as_json) as tick:
         summary = run(
-            model,
-            data,
+            network,
+            found,
             out,
-            weights=weights,
             epochs=epochs,
             lr=lr,
-            optimizer=optimizer,
             batch_size=batch_size,
+            accumulate=accumulate,
+            workers=workers,
             resume=resume,
             seed=seed,
             progress=tick,
+            **options,
         )
     if as_json:
         show(summary, as_json=True)

@@ -17,6 +17,7 @@ from gossamer.recipe import Budget, Fit, Prune, Quantize, Recipe
 from gossamer.result import ExampleInputs
 from gossamer.sources import Data, LoadedModel, load_data, load_model
 from gossamer.sources.batches import call, check_inputs, outputs
+from gossamer.sources.folders import collate
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 CALIBRATION_SAMPLES = 512  # taken from a training split where no calibration data is named
@@ -109,7 +110,7 @@ def resolve(
         calibration = calibration.loader("val", batch_size=32)
     if calibration is None and isinstance(data, Data) and data.train is not None:
         first = torch.utils.data.Subset(data.train, _spread(len(data.train), CALIBRATION_SAMPLES))  # type: ignore[arg-type]
-        calibration = torch.utils.data.DataLoader(first, batch_size=32)
+        calibration = torch.utils.data.DataLoader(first, batch_size=32, collate_fn=collate)
     if calibration is None:
         calibration = evaluation
         warnings.append("calibrated on the evaluation data itself: its accuracy is slightly flattered; name calibration data")

@@ -97,7 +97,15 @@ def _train(step: Fit, model: nn.Module, before: Profile, job: Job, folder: Path 
         "lr": step.lr,
         "optimizer": step.optimizer,
         "weight_decay": step.weight_decay,
+        "momentum": step.momentum,
         "warmup": step.warmup,
+        "layer_decay": step.layer_decay,
+        "clip": step.clip,
+        "accumulate": step.accumulate,
+        "ema": step.ema,
+        "precision": step.precision,
+        "memory_budget": step.memory_budget,
+        "optimizer_in_backward": step.optimizer_in_backward,
         "penalty": step.penalty,
         "penalty_weight": step.penalty_weight,
         "seed": job.seed,
@@ -107,9 +115,12 @@ def _train(step: Fit, model: nn.Module, before: Profile, job: Job, folder: Path 
         "log": folder / "log.jsonl" if folder else None,
     }
     if isinstance(step, Distill):
-        from gossamer.distillation import distill
+        from gossamer.distillation import Feature, distill
 
-        trained = distill(model, job.model, job.training, alpha=step.alpha, tau=step.tau, **options)
+        names = step.features if isinstance(step.features, dict) else {name: name for name in step.features}
+        features = [Feature(mine, other, step.feature_loss, step.feature_weight) for mine, other in names.items()]
+        options |= {"teacher_cache": folder / "teacher" if step.teacher_cache and folder else None}
+        trained = distill(model, job.model, job.training, loss=step.loss, alpha=step.alpha, tau=step.tau, features=features, **options)
     else:
         from gossamer.training import fit
 

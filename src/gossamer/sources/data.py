@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from gossamer.errors import SourceError, near
 from gossamer.sources.factory import call_factory, parse_options
-from gossamer.sources.folders import read_folder
+from gossamer.sources.folders import collate, read_folder
 from gossamer.sources.images import FASHION_MNIST, read_cifar10, read_digits, read_fashion_mnist
 
 KINDS = ("digits", "fashion-mnist", "cifar10", "imagefolder")
@@ -77,7 +77,13 @@ class Data:
             raise SourceError(f"{self.name} has no training split, only one to evaluate on")
         generator = torch.Generator().manual_seed(self.seed if seed is None else seed)
         return DataLoader(
-            dataset, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, num_workers=num_workers, generator=generator
+            dataset,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            num_workers=num_workers,
+            generator=generator,
+            collate_fn=collate,
         )
 
     def check(self, model_classes: int) -> None:
@@ -93,7 +99,7 @@ class Data:
             )
 
 
-def load_data(spec: str, *, transform: Callable[[Any], Tensor] | None = None, seed: int = 0) -> Data:
+def load_data(spec: str, *, transform: Callable[[Any], Tensor] | None = None, seed: int = 0, skip_unreadable: bool = False) -> Data:
     """Open the data that a specification names.
 
     Example:
@@ -115,6 +121,8 @@ def load_data(spec: str, *, transform: Callable[[Any], Tensor] | None = None, se
             Pixels of the first three are scaled to 0..1, then by the mean and standard deviation of the training split, per channel.
         transform: PIL image -> float tensor (C, H, W), for ``imagefolder``; default: ImageNet's (256 on the short side, centre 224).
         seed: of shuffled loaders.
+        skip_unreadable: leave out images of ``imagefolder`` that cannot be decoded, with a warning that names each; by default the first one is
+            an error.
 
     Returns:
         A `Data`. Images of folders are decoded when they are read: memory does not grow with their number.
@@ -131,7 +139,7 @@ def load_data(spec: str, *, transform: Callable[[Any], Tensor] | None = None, se
         case "cifar10":
             data = Data(spec, *read_cifar10(Path(_path(spec, rest))))
         case "imagefolder":
-            data = Data(spec, *read_folder(Path(_path(spec, rest)), transform))
+            data = Data(spec, *read_folder(Path(_path(spec, rest)), transform, skip_unreadable=skip_unreadable))
         case _ if colon and kind not in KINDS:
             data = _factory(spec)
         case _:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from gossamer.errors import SourceError
 
@@ -15,20 +16,54 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", "
 """Endings of files that count as images; all others are passed over."""
 
 
-class ImageFolder(Dataset[tuple[Tensor, int]]):
+class Unreadable(NamedTuple):
+    """A sample that could not be read, in place of it."""
+
+    path: Path
+    reason: str
+
+
+def collate(samples: list[Any]) -> Any:
+    """A batch of samples as torch makes it, without those that are `Unreadable`; each of them is named in a warning.
+
+    Example:
+        >>> import torch
+        >>> [t.tolist() for t in collate([(torch.zeros(2), 3), (torch.ones(2), 4)])]
+        [[[0.0, 0.0], [1.0, 1.0]], [3, 4]]
+
+    Args:
+        samples: of one batch.
+
+    Raises:
+        SourceError: none of the samples of the batch is readable.
+    """
+    good = [s for s in samples if not isinstance(s, Unreadable)]
+    for bad in (s for s in samples if isinstance(s, Unreadable)):
+        warnings.warn(f"left out {bad.path}: {bad.reason}", stacklevel=2)
+    if samples and not good:
+        raise SourceError(f"not one image of a batch is readable, {samples[0].path} for example: check the folder")
+    return default_collate(good)
+
+
+class ImageFolder(Dataset[Any]):
     """The images below the class folders of one split, in sorted order.
 
     Args:
         root: holds one folder for each class.
         classes: folder name -> class index.
         transform: PIL image in RGB -> float tensor (C, H, W).
+        skip_unreadable: give an `Unreadable` in place of an image that cannot be decoded, which `collate` leaves out of the batch;
+            otherwise it is a SourceError that names the file.
 
     Raises:
         SourceError: no image is found.
     """
 
-    def __init__(self, root: Path, classes: Mapping[str, int], transform: Callable[[Any], Tensor]) -> None:
+    def __init__(
+        self, root: Path, classes: Mapping[str, int], transform: Callable[[Any], Tensor], *, skip_unreadable: bool = False
+    ) -> None:
         self.transform = transform
+        self.skip_unreadable = skip_unreadable
         self.samples = [
             (path, index)
             for name, index in sorted(classes.items(), key=lambda item: item[1])
@@ -42,7 +77,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> Any:
         from PIL import Image
 
         path, label = self.samples[index]
@@ -50,7 +85,10 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
             with Image.open(path) as opened:
                 image = opened.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-            raise SourceError(f"cannot read image {path}: {' '.join(str(e).split())}: replace or remove it") from None
+            reason = " ".join(str(e).split())
+            if self.skip_unreadable:
+                return Unreadable(path, reason)
+            raise SourceError(f"cannot read image {path}: {reason}: replace or remove it, or skip such files") from None
         x_CHW = self.transform(image)
         if not isinstance(x_CHW, Tensor):
             raise SourceError(f"the transform made a {type(x_CHW).__name__} of {path}: it must return a tensor")
@@ -65,12 +103,15 @@ def imagenet_transform() -> Callable[[Any], Tensor]:
     return preset
 
 
-def read_folder(root: Path, transform: Callable[[Any], Tensor] | None) -> tuple[Dataset[Any] | None, Dataset[Any], int, tuple[int, ...]]:
+def read_folder(
+    root: Path, transform: Callable[[Any], Tensor] | None, *, skip_unreadable: bool = False
+) -> tuple[Dataset[Any] | None, Dataset[Any], int, tuple[int, ...]]:
     """Training samples or None, evaluation samples, number of classes and input shape of ``imagefolder:ROOT``.
 
     Args:
         root: holds ``train`` and ``val``, or class folders.
         transform: PIL image -> tensor (C, H, W); default: `imagenet_transform`.
+        skip_unreadable: of `ImageFolder`.
 
     Raises:
         SourceError: the path is missing, there are no class folders or no images, one split is missing, or ``val`` has a class that
@@ -85,16 +126,24 @@ def read_folder(root: Path, transform: Callable[[Any], Tensor] | None) -> tuple[
         raise SourceError(f"{root} holds {halves[0]} but no class folders in {missing}: give both, or name {root / halves[0]} itself")
     if not halves:
         classes = class_indices(root)
-        val = ImageFolder(root, classes, transform)
-        return None, val, max(classes.values()) + 1, (1, *val[0][0].shape)
+        val = ImageFolder(root, classes, transform, skip_unreadable=skip_unreadable)
+        return None, val, max(classes.values()) + 1, _shape(val)
     classes = class_indices(root / "train")
     known = class_indices(root / "val")
     strange = sorted(set(known) - set(classes))
     if strange and not all(name.isdigit() for name in (*known, *classes)):
         raise SourceError(f"{root / 'val'} has class folders that train does not have: {', '.join(strange[:3])}")
     classes = classes | {name: int(name) for name in strange}
-    train, val = (ImageFolder(root / half, classes, transform) for half in halves)
-    return train, val, max(classes.values()) + 1, (1, *val[0][0].shape)
+    train, val = (ImageFolder(root / half, classes, transform, skip_unreadable=skip_unreadable) for half in halves)
+    return train, val, max(classes.values()) + 1, _shape(val)
+
+
+def _shape(images: ImageFolder) -> tuple[int, ...]:
+    """Shape of the first image that is readable, with a batch of 1."""
+    first = next((s for s in (images[i] for i in range(len(images))) if not isinstance(s, Unreadable)), None)
+    if first is None:
+        raise SourceError(f"not one of {len(images)} images is readable, {images.samples[0][0]} for example: check the folder")
+    return (1, *first[0].shape)
 
 
 def class_indices(root: Path) -> dict[str, int]:

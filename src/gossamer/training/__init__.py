@@ -8,6 +8,7 @@ from gossamer.training.objectives import OBJECTIVES, Objective, as_objective, cr
 from gossamer.training.optimizers import OPTIMIZERS, lr_factor, make_optimizer, state_bytes
 from gossamer.training.options import FitOptions, FitResult, TrainingOptions
 from gossamer.training.penalties import PENALTIES, bn_l1, group_lasso
+from gossamer.training.rematerialization import MemoryReport, explain_memory
 
 __all__ = [
     "METRICS",
@@ -16,12 +17,14 @@ __all__ = [
     "PENALTIES",
     "FitOptions",
     "FitResult",
+    "MemoryReport",
     "Objective",
     "TrainingOptions",
     "TrainingStopped",
     "as_objective",
     "bn_l1",
     "cross_entropy",
+    "explain_memory",
     "fit",
     "group_lasso",
     "lr_factor",

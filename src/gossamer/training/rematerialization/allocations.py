@@ -177,8 +177,10 @@ def one_step(run: Stepper, raw: object, *, free_gradients: bool) -> Callable[[],
         try:
             loss = run.loss_of(batch, "the step that measures memory")
             run.backward(loss)
+            del loss
         finally:
             for handle in handles:
                 handle.remove()
+            run.model.zero_grad(set_to_none=True)  # what the next recording would see being freed
 
     return work
