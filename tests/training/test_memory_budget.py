@@ -210,3 +210,22 @@ def test_both_together_with_masks_held_after_each_step():
     both = fit(net(), batches(), lr=1e-2, after_step=hold, optimizer_in_backward=True, memory_budget="8MB")
     same(plain.model, both.model)
     assert not both.model.stem.weight[0].any()
+
+
+def test_gradients_of_earlier_batches_count_when_they_accumulate():
+    wide = nn.Sequential(nn.Flatten(), nn.Linear(1728, 1728), nn.ReLU(), nn.Linear(1728, 5))
+    one, many = (fit(wide, batches(), lr=1e-3, measure_memory=True, accumulate=n) for n in (1, 2))
+    model, opt = wide.train(), make_optimizer(wide)
+    (x, y), second = batches()
+
+    def step():
+        for a, b in ((x, y), second):
+            nn.functional.cross_entropy(model(a), b).backward()
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+
+    step()
+    alive = [*model.parameters(), x, y, *(t for s in opt.state.values() for t in s.values())]
+    peak = sum(t.numel() * t.element_size() for t in alive) + record(step, torch.device("cpu")).peak_bytes
+    assert many.memory.peak_bytes == pytest.approx(peak, rel=0.05)
+    assert many.memory.peak_bytes > 1.1 * one.memory.peak_bytes

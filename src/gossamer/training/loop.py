@@ -6,21 +6,20 @@ import copy
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor, nn
 
-from gossamer.errors import RunFolderError, SourceError, UsageError
+from gossamer.errors import RunFolderError, UsageError
 from gossamer.result import ExampleInputs, Result
 from gossamer.training import checkpoint as checkpoints
 from gossamer.training.averaging import Best, make_average
 from gossamer.training.checkpoint import Parts, Progress
+from gossamer.training.epoch import Epoch
 from gossamer.training.feeding import count_batches, own_randomness, seed_epoch
-from gossamer.training.interruption import StopRequest, TrainingStopped, stop_on_sigterm
+from gossamer.training.interruption import TrainingStopped, stop_on_sigterm
 from gossamer.training.layout import set_layout
 from gossamer.training.metrics import as_metrics
 from gossamer.training.objectives import as_objective, name_of
@@ -212,7 +211,9 @@ def fit(
             set_layout(copied, run.channels_last, optimizer=run.optimizer)
         memory: MemoryReport | None = None
         if memory_budget is not None or measure_memory:
-            memory = stack.enter_context(plan_memory(run, data, memory_budget, optimizer_in_backward=optimizer_in_backward))
+            memory = stack.enter_context(
+                plan_memory(run, data, memory_budget, optimizer_in_backward=optimizer_in_backward, accumulates=accumulate > 1)
+            )
         if optimizer_in_backward:
             run.use_backward_hooks()
             stack.callback(run.close)
@@ -224,7 +225,7 @@ def fit(
                 parts.best = best.state
                 checkpoints.save(folder, parts, state, settings)
 
-        epoch = _Epoch(run, data, state, batches, accumulate, save, checkpoint_every, progress, stop, folder)
+        epoch = Epoch(run, data, state, batches, accumulate, save, checkpoint_every, progress, stop, folder)
         started = time.perf_counter() - state.seconds
         judged = as_metrics(metrics)
         while state.epoch < epochs and not best.exhausted(state.history):
@@ -283,47 +284,3 @@ def _prepare(run: Stepper, data: Iterable[Any], seed: int) -> nn.Module | None:
     torch.manual_seed(seed)
     made: nn.Module | None = holder.prepare(run.model, run.prepare(next(iter(data))))
     return made
-
-
-@dataclass
-class _Epoch:
-    """Trains for the rest of the epoch that ``state`` is in."""
-
-    run: Stepper
-    data: Iterable[Any]
-    state: Progress
-    batches: int
-    accumulate: int
-    save: Callable[[], None]
-    every: int | None
-    progress: ProgressHook | None
-    stop: StopRequest
-    folder: Path | None
-
-    def train(self, generators: dict[str, Tensor], started: float) -> None:
-        run, state = self.run, self.state
-        run.model.train()
-        batches = iter(self.data)
-        for _ in range(state.step):  # what was trained on before the interruption
-            next(batches)
-        if generators:
-            torch.set_rng_state(generators["cpu"])
-            if "cuda" in generators:
-                torch.cuda.set_rng_state(generators["cuda"], run.device)
-        steps = -(-self.batches // self.accumulate)
-        while raws := list(islice(batches, self.accumulate)):
-            first, done = state.step, state.epoch * steps + state.step // self.accumulate
-            for loss, n in run.step(raws, done, lambda i, at=first: f"step {at + i + 1} of epoch {state.epoch + 1}"):  # type: ignore[misc]
-                state.loss_sum, state.samples = state.loss_sum + loss * n, state.samples + n
-            state.step += len(raws)
-            state.seconds = time.perf_counter() - started
-            made, over = -(-state.step // self.accumulate), state.step >= self.batches
-            due = self.every is not None and made % self.every == 0
-            if self.folder is not None and not over and (due or self.stop.set):
-                self.save()
-            if self.progress is not None:
-                self.progress(min(state.epoch * steps + made, run.total), run.total)
-            if self.stop.set and self.folder is not None and not over:
-                raise TrainingStopped(self.folder)
-        if state.samples == 0:
-            raise SourceError(f"the data is empty in epoch {state.epoch + 1}: it must be readable again and again")

@@ -13,9 +13,9 @@ from gossamer.distillation.losses.logits import (
     dkd_loss,
     kd_loss,
     nkd_loss,
-    self_distillation_loss,
     standardize_logits,
 )
+from gossamer.distillation.losses.teacherless import self_distillation_loss
 from gossamer.distillation.losses.twins import (
     DIST,
     DKD,

@@ -5,8 +5,6 @@ Shape letters: N batch, C classes, R rows (samples, times positions of a dense p
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -91,7 +89,7 @@ def kd_loss(
     loss = z_S.new_zeros(())
     if alpha > 0:
         a, b = (standardize_logits(z_S), standardize_logits(z_T)) if standardize else (z_S, z_T)
-        loss = loss + alpha * tau**2 * _kl(F.log_softmax(b / tau, dim=1), F.log_softmax(a / tau, dim=1))
+        loss = loss + alpha * tau**2 * kl(F.log_softmax(b / tau, dim=1), F.log_softmax(a / tau, dim=1))
     if alpha < 1:
         assert labels is not None
         loss = loss + (1 - alpha) * _cross_entropy(z_S, labels)
@@ -141,7 +139,7 @@ def dkd_loss(
     y_R = labels_of(student_logits, labels, "dkd")
     z_S, z_T = rows_of(wide(student_logits)), rows_of(wide(teacher_logits.detach()))
     (log_s_R2, log_s_RO), (log_t_R2, log_t_RO) = (_decouple(z / tau, y_R) for z in (z_S, z_T))
-    loss = tau**2 * (alpha * _kl(log_t_R2, log_s_R2) + beta * _kl(log_t_RO, log_s_RO))
+    loss = tau**2 * (alpha * kl(log_t_R2, log_s_R2) + beta * kl(log_t_RO, log_s_RO))
     return loss + ce * F.cross_entropy(z_S, y_R) if ce else loss
 
 
@@ -241,49 +239,7 @@ def dist_loss(
     return loss
 
 
-def self_distillation_loss(
-    student_logits: Tensor, labels: Tensor | None = None, *, alpha: float = 0.5, tau: float = 4.0, correct: float = 0.9
-) -> Tensor:
-    """Teacher-free: ``(1 - alpha) * CE + alpha * tau^2 * KL(virtual || student)``, the student's softmax at temperature tau.
-
-    The virtual teacher gives ``correct`` to the true class and the rest evenly to the others, softened at temperature tau
-    (its probabilities to the power of 1 / tau, normalised).
-
-    Example:
-        >>> z = torch.tensor([[0.9, 0.05, 0.05]]).log()
-        >>> round(self_distillation_loss(z, torch.tensor([0]), alpha=1.0).item(), 4)
-        0.0
-
-    Args:
-        student_logits: (N, C) or (N, C, ...), at least two classes.
-        labels: class indices (N) or (N, ...).
-        alpha: weight of the virtual teacher against the labels, in [0, 1].
-        tau: temperature, above 0.
-        correct: probability of the true class, between 1 / C and 1.
-
-    Returns:
-        The loss, a tensor without dimensions; the mean over rows.
-
-    Raises:
-        UsageError: labels are no class indices, or an argument is outside its range.
-
-    Source: Yuan et al., "Revisiting Knowledge Distillation via Label Smoothing Regularization", CVPR 2020.
-    """
-    check_alpha(alpha)
-    check_temperature(tau)
-    check_pair(student_logits, student_logits)
-    classes = student_logits.shape[1]
-    if classes < 2 or not 1 / classes < correct < 1:
-        raise UsageError(f"self-distillation over {classes} classes needs correct between {1 / max(classes, 1):g} and 1, not {correct}")
-    y_R = labels_of(student_logits, labels, "self-distillation")
-    z_RC = rows_of(wide(student_logits))
-    virtual_RC = torch.full_like(z_RC, math.log((1 - correct) / (classes - 1)))
-    virtual_RC.scatter_(1, y_R[:, None], math.log(correct))
-    loss = alpha * tau**2 * _kl(F.log_softmax(virtual_RC / tau, 1), F.log_softmax(z_RC / tau, 1))
-    return loss + (1 - alpha) * F.cross_entropy(z_RC, y_R)
-
-
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) of log-probabilities along dimension 1: the sum over it, the mean over all else."""
     return F.kl_div(log_q, log_p, reduction="sum", log_target=True) * (log_p.shape[1] / max(1, log_p.numel()))
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from gossamer.distillation.losses import dense, features, logits
+from gossamer.distillation.losses import dense, features, logits, teacherless
 from gossamer.distillation.schedules import Scheduled, value_at
 from gossamer.errors import UsageError, near
 
@@ -130,7 +130,7 @@ class SelfDistillation(OutputLoss):
 
     def __call__(self, student: Tensor, teacher: Tensor | None, labels: Tensor | None = None) -> Tensor:
         """``(student, labels)``, or ``(student, teacher, labels)`` with a teacher that is not looked at."""
-        return logits.self_distillation_loss(student, teacher if labels is None else labels, **_numbers(self))
+        return teacherless.self_distillation_loss(student, teacher if labels is None else labels, **_numbers(self))
 
 
 @dataclass(frozen=True)

@@ -157,13 +157,14 @@ def leaving_no_trace(run: Stepper) -> Iterator[None]:
         run.model.zero_grad(set_to_none=True)
 
 
-def one_step(run: Stepper, raw: object, *, free_gradients: bool) -> Callable[[], None]:
+def one_step(run: Stepper, raw: object, *, free_gradients: bool, keep_gradients: bool = False) -> Callable[[], None]:
     """A forward and a backward pass without an update.
 
     Args:
         run: what steps are made with.
         raw: a batch.
         free_gradients: drop each gradient when it is complete, as an optimiser in the backward pass does.
+        keep_gradients: add to those of the step before, as accumulation does.
     """
     batch = run.prepare(raw)
     assert samples_of(batch)
@@ -172,7 +173,6 @@ def one_step(run: Stepper, raw: object, *, free_gradients: bool) -> Callable[[],
         parameter.grad = None
 
     def work() -> None:
-        run.model.zero_grad(set_to_none=True)
         handles = [p.register_post_accumulate_grad_hook(drop) for p in run.model.parameters() if p.requires_grad and free_gradients]
         try:
             loss = run.loss_of(batch, "the step that measures memory")
@@ -181,6 +181,7 @@ def one_step(run: Stepper, raw: object, *, free_gradients: bool) -> Callable[[],
         finally:
             for handle in handles:
                 handle.remove()
-            run.model.zero_grad(set_to_none=True)  # what the next recording would see being freed
+            if not keep_gradients:
+                run.model.zero_grad(set_to_none=True)  # what the next recording would see being freed
 
     return work

@@ -38,7 +38,7 @@ class _Tried:
 
 @contextmanager
 def plan_memory(
-    run: Stepper, data: Iterable[Any], budget: str | int | None, *, optimizer_in_backward: bool = False
+    run: Stepper, data: Iterable[Any], budget: str | int | None, *, optimizer_in_backward: bool = False, accumulates: bool = False
 ) -> Iterator[MemoryReport]:
     """Measure a step on the first batch, place checkpoints where the budget asks for them, and hold them while this is open.
 
@@ -47,6 +47,7 @@ def plan_memory(
         data: batches; the first one stands for all.
         budget: ``"400MB"`` or bytes; None measures only.
         optimizer_in_backward: gradients are freed as they are used.
+        accumulates: gradients of earlier batches are there when a batch begins.
 
     Raises:
         UsageError: the budget is not a size.
@@ -58,13 +59,15 @@ def plan_memory(
         raise SourceError("the data is empty: memory is measured on its first batch")
     batch = run.prepare(raw)
     with leaving_no_trace(run):
-        work = one_step(run, raw, free_gradients=optimizer_in_backward)
+        work = one_step(run, raw, free_gradients=optimizer_in_backward, keep_gradients=accumulates)
         work()  # whatever is allocated once and for all
         weights = sum(p.numel() * p.element_size() for p in run.model.parameters())
         state, update = optimizer_memory(run)
         static = _static_bytes(run, batch, state)
-        gradients = max(p.numel() * p.element_size() for p in run.model.parameters()) if optimizer_in_backward else weights
+        trained = [p.numel() * p.element_size() for p in run.model.parameters() if p.requires_grad]
+        gradients = max(trained) if optimizer_in_backward else sum(trained)
         floor = static + gradients + update
+        static += gradients if accumulates else 0
         measured = measure(run, work)
         plain = _Tried(measured.timeline.peak_bytes, [])
         tried = plain if limit is None or static + plain.peak_bytes <= limit else _search(run, work, measured, limit, static)
@@ -80,7 +83,7 @@ def plan_memory(
         weight_bytes=weights,
         gradient_bytes=gradients,
         optimizer_state_bytes=state,
-        other_bytes=static - weights - state,
+        other_bytes=static - weights - state - (gradients if accumulates else 0),
         budget_bytes=limit,
         blocks=_blocks(measured, tried.choices),
         choices={c.block: c.mode for c in tried.choices},
