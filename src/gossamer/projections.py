@@ -163,7 +163,7 @@ def _threshold(a_RN: Tensor, total_R1: Tensor, radius: float) -> Tensor:
         sum_R1 = torch.where(active_RN, a_RN, 0).sum(1, keepdim=True, dtype=torch.float64)
         theta_R1 = torch.where((fewer_R1 > 0) & (fewer_R1 < count_R1), (sum_R1 - radius) / fewer_R1.clamp(min=1), theta_R1)
         count_R1 = torch.minimum(count_R1, fewer_R1)
-        if len(a_RN) == 1:
+        if len(a_RN) == 1 and 4 * int(fewer_R1) < a_RN.shape[1]:  # a copy pays only when it is much shorter
             a_RN = a_RN[active_RN][None]
 
 
@@ -209,7 +209,7 @@ def _rows(what: str, w: Tensor | Sequence[Tensor], dim: int | None) -> tuple[Ten
 def _check_weights(what: str, w: Tensor) -> None:
     if not w.is_floating_point():
         raise UsageError(f"{what}: the weights are {w.dtype}; they are floating-point numbers")
-    if not w.isfinite().all():
+    if w.numel() and not all(torch.isfinite(v) for v in torch.aminmax(w.detach())):
         raise UsageError(f"{what}: {int((~w.isfinite()).sum())} of {w.numel()} weights are NaN or infinite")
 
 
