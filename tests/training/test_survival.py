@@ -21,7 +21,8 @@ from gossamer.errors import RunFolderError, UsageError
 from gossamer.training import TrainingStopped, checkpoint, fit
 from gossamer.training.checkpoint import FILE, PREVIOUS
 
-FORK = multiprocessing.get_context("fork")
+CLEAN = multiprocessing.get_context("forkserver")  # a fork of this process would inherit locks of threads that it does not have
+CLEAN.set_forkserver_preload(["gossamer.training"])
 
 
 def work(folder: Path, pause: float, steps: Any) -> None:
@@ -45,8 +46,8 @@ def work(folder: Path, pause: float, steps: Any) -> None:
 
 def start(folder: Path, pause: float = 0.01) -> tuple[Any, Any]:
     """The process, and how many steps it made."""
-    steps = FORK.Value("i", 0)
-    process = FORK.Process(target=work, args=(folder, pause, steps))
+    steps = CLEAN.Value("i", 0)
+    process = CLEAN.Process(target=work, args=(folder, pause, steps), daemon=True)
     process.start()
     return process, steps
 
@@ -206,21 +207,23 @@ def test_weights_that_became_nan_are_never_saved_over_good_ones(tmp_path):
     assert torch.isfinite(load_file(tmp_path / FILE)["model.0.weight"]).all()
 
 
+def fill_up(folder: Path, told: Any) -> None:
+    """A training whose third step finds that no file may grow past 1,000 bytes."""
+
+    def progress(done: int, total: int) -> None:
+        if done == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+    try:
+        fit(net(), data(), epochs=2, checkpoint=folder, checkpoint_every=1, progress=progress)
+    except RunFolderError as e:
+        told.put(str(e))
+
+
 def test_a_full_disk_stops_with_one_line_and_the_last_good_state_is_kept(tmp_path):
     """The real thing: the kernel refuses to write past a limit."""
-    told = FORK.Queue()
-
-    def fill_up() -> None:
-        def progress(done: int, total: int) -> None:
-            if done == 3:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-
-        try:
-            fit(net(), data(), epochs=2, checkpoint=tmp_path / "c", checkpoint_every=1, progress=progress)
-        except RunFolderError as e:
-            told.put(str(e))
-
-    process = FORK.Process(target=fill_up)
+    told = CLEAN.Queue()
+    process = CLEAN.Process(target=fill_up, args=(tmp_path / "c", told), daemon=True)
     process.start()
     message = told.get(timeout=60)
     process.join()
