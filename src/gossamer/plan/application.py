@@ -1,0 +1,113 @@
+"""Apply the edits that change a network's structure and weights to a copy of it."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from gossamer.errors import PlanError, near
+from gossamer.plan.edits import AdaptAttention, AddBias, BaseEdit, Keep, RescaleCall, SetAttribute
+
+
+def apply_structure(model: nn.Module, edits: Sequence[BaseEdit], *, copied: bool = False) -> nn.Module:
+    """Apply the edits that change a network's structure to a copy of ``model``, and return the copy; ``copied`` says it already is one."""
+    from gossamer.adapters import adapt_attention, rescale_calls
+
+    if not copied:  # tensors are cut on the way into the copy, so that no whole copy is ever held
+        first = next((i for i, e in enumerate(edits) if not isinstance(e, Keep)), len(edits))
+        memo = _cut_tensors(model, [e for e in edits[:first] if isinstance(e, Keep)])
+        model = copy.deepcopy(model, memo | _empty_containers(model))
+        edits = edits[first:]
+    for edit in edits:
+        match edit:
+            case Keep():
+                for tensor, new in _cut_tensors(model, [edit], by_id=False):
+                    _put(model, tensor, new)
+            case SetAttribute():
+                module = _module(model, edit.module)
+                if not hasattr(module, edit.name):
+                    raise PlanError(f"module {edit.module!r} ({type(module).__name__}) has no attribute {edit.name!r}")
+                setattr(module, edit.name, edit.value)
+            case RescaleCall():
+                ratios = {position: (up, down) for position, up, down in edit.ratios}
+                rescale_calls(_module(model, edit.module), edit.call, edit.ordinal, ratios)
+            case AdaptAttention():
+                attention = _module(model, edit.module)
+                if not isinstance(attention, nn.MultiheadAttention):
+                    raise PlanError(f"module {edit.module!r} is a {type(attention).__name__}, not a MultiheadAttention")
+                adapt_attention(attention)
+            case AddBias():
+                module = _module(model, edit.module)
+                weight = module.weight
+                assert isinstance(weight, torch.Tensor)
+                module.bias = nn.Parameter(weight.new_zeros(edit.size))
+            case _:
+                raise PlanError(f"an edit of kind {getattr(edit, 'kind', type(edit).__name__)!r} changes no structure")
+    return model
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise PlanError(f"the network has no module {name!r}{near(name, (n for n, _ in model.named_modules()))}") from None
+
+
+def _cut_tensors(model: nn.Module, edits: Sequence[Keep], *, by_id: bool = True) -> Any:
+    """The cut tensors: as a memo for `copy.deepcopy`, or as pairs of old and new."""
+    old: dict[str, torch.Tensor] = {}
+    new: dict[int, torch.Tensor] = {}
+    for edit in edits:
+        tensor = old.setdefault(edit.tensor, _tensor(model, edit.tensor))
+        with torch.no_grad():
+            new[id(tensor)] = _keep(new.get(id(tensor), tensor.detach()), edit)
+    for tensor in old.values():
+        if isinstance(tensor, nn.Parameter):
+            new[id(tensor)] = nn.Parameter(new[id(tensor)], requires_grad=tensor.requires_grad)
+    return dict(new) if by_id else [(t, new[id(t)]) for t in old.values()]
+
+
+def _empty_containers(model: nn.Module) -> dict[int, Any]:
+    """Copies of the many empty dictionaries and sets that modules hold, as a memo: `copy.deepcopy` spends most of its time on them."""
+    return {
+        id(value): type(value)()
+        for module in model.modules()
+        for value in vars(module).values()
+        if type(value) in (dict, OrderedDict, set) and not value
+    }
+
+
+def _tensor(model: nn.Module, name: str) -> torch.Tensor:
+    path, _, leaf = name.rpartition(".")
+    module = _module(model, path)
+    found: torch.Tensor | None = module._parameters.get(leaf)
+    found = module._buffers.get(leaf) if found is None else found
+    if found is None:
+        names = [n for n, _ in model.named_parameters()] + [n for n, _ in model.named_buffers()]
+        raise PlanError(f"the network has no tensor {name!r}{near(name, names)}")
+    return found
+
+
+def _keep(old: torch.Tensor, edit: Keep) -> torch.Tensor:
+    index = torch.tensor(edit.index, dtype=torch.long, device=old.device)
+    blocks = index.shape[0] if index.dim() == 2 else 1
+    if edit.dim >= old.dim() or (index.numel() and int(index.max()) >= old.shape[edit.dim]) or old.shape[0] % blocks:
+        raise PlanError(f"{edit.tensor} has shape {tuple(old.shape)}, which edit keep dim {edit.dim} {tuple(index.shape)} does not fit")
+    if index.dim() == 1:
+        return old.index_select(edit.dim, index).contiguous()
+    parts = old.unflatten(0, (blocks, old.shape[0] // blocks))
+    return torch.stack([p.index_select(edit.dim, i) for p, i in zip(parts, index, strict=True)]).flatten(0, 1).contiguous()
+
+
+def _put(model: nn.Module, old: torch.Tensor, new: torch.Tensor) -> None:
+    """Replace a tensor wherever it is held: a tied parameter has several places."""
+    for module in model.modules():
+        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for store in stores:
+            for name in [n for n, tensor in store.items() if tensor is old]:
+                store[name] = new

@@ -1,0 +1,108 @@
+"""Every edit that a plan can hold, as plain data."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class BaseEdit(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Keep(BaseEdit):
+    """Keep some channels of one dimension of a parameter or buffer.
+
+    ``index`` is a list of positions, or, for a grouped weight, one list per equal block of dimension 0 (all of the same length).
+    """
+
+    kind: Literal["keep"] = "keep"
+    tensor: str
+    dim: int
+    index: tuple[int, ...] | tuple[tuple[int, ...], ...]
+
+
+class SetAttribute(BaseEdit):
+    """Set what a module declares about its own size (``in_channels``, ``groups``, ``num_heads``, ...)."""
+
+    kind: Literal["set"] = "set"
+    module: str
+    name: str
+    value: int | tuple[int, ...]
+
+
+class AddBias(BaseEdit):
+    """Give a convolution or linear layer that has no bias a bias of zeros, to hold what compensation or folding adds."""
+
+    kind: Literal["add_bias"] = "add_bias"
+    module: str
+    size: int
+
+
+class RescaleCall(BaseEdit):
+    """Rescale numbers that a module's code passes to torch: in the ``ordinal``-th call of ``call`` in its forward, leaf ``position`` times ``up / down``.
+
+    ``ratios`` lists ``(position, up, down)``.
+    """
+
+    kind: Literal["rescale_call"] = "rescale_call"
+    module: str
+    call: str
+    ordinal: int
+    ratios: tuple[tuple[int, int | float, int | float], ...]
+
+
+class AdaptAttention(BaseEdit):
+    """Let a `torch.nn.MultiheadAttention` have any number of heads, whatever its width; its parameters keep their names."""
+
+    kind: Literal["adapt_attention"] = "adapt_attention"
+    module: str
+
+
+class AsGraph(BaseEdit):
+    """Write the network down as one graph of tensor operations, its sizes as constants (`torch.export`); parameters keep their names."""
+
+    kind: Literal["as_graph"] = "as_graph"
+
+
+class QuantizeWeight(BaseEdit):
+    """Store a weight as integers: ``w = (q - zero_point) * step``, along ``axis`` (None: one step for the tensor)."""
+
+    kind: Literal["quantize_weight"] = "quantize_weight"
+    tensor: str
+    bits: int
+    axis: int | None
+    signed: bool
+    steps: tuple[float, ...]
+    zero_points: tuple[int, ...]
+
+
+class QuantizeActivation(BaseEdit):
+    """Round an activation to ``(clamp(round(x / step) + zero_point) - zero_point) * step`` where it is computed.
+
+    ``point`` names it: ``"module.path:op:n"`` is the n-th call of ``op`` inside that module, ``"input:0"`` the first graph input.
+    """
+
+    kind: Literal["quantize_activation"] = "quantize_activation"
+    point: str
+    bits: int
+    signed: bool
+    step: float
+    zero_point: int
+
+
+Edit = Annotated[
+    Keep | SetAttribute | RescaleCall | AdaptAttention | AddBias | AsGraph | QuantizeWeight | QuantizeActivation,
+    Field(discriminator="kind"),
+]
+StructureEdit = Keep | SetAttribute | RescaleCall | AdaptAttention | AddBias
+QUANTIZE = (QuantizeWeight, QuantizeActivation)
+
+
+class InputSpec(BaseEdit):
+    """Shape and dtype of one example input, so that a plan can be applied without data. ``name`` is set for keyword inputs."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    name: str | None = None
