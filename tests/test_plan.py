@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gossamer.errors import PlanError
-from gossamer.plan import AddBias, Keep, Plan, SetAttribute, apply_structure, input_specs
+from gossamer.plan import AddBias, Keep, Mask, Plan, SetAttribute, Share, apply_structure, input_specs, pack_mask
 
 
 def test_keep_equals_direct_indexing_and_leaves_the_source_alone():
@@ -90,3 +90,32 @@ def test_a_broken_plan_file_is_one_line(tmp_path):
         Plan.load(tmp_path / "p.json")
     with pytest.raises(PlanError, match="no plan at"):
         Plan.load(tmp_path / "absent.json")
+
+
+def test_masks_and_codebooks_are_applied_in_order_and_reload(tmp_path):
+    net = nn.Linear(4, 2)
+    w = torch.tensor([[1.0, -2.0, 3.0, 0.5], [0.1, 0.2, -0.3, 4.0]])
+    with torch.no_grad():
+        net.weight.copy_(w)
+    kept = w.abs() >= 0.5
+    edits = (
+        Mask(tensor="weight", shape=(2, 4), nonzeros=int(kept.sum()), kept=pack_mask(kept)),
+        Share(tensors=("weight",), bits=1, codebooks=((-2.0, 2.0), (-1.0, 4.0)), zeros=True),
+    )
+    plan = Plan(edits=edits)
+    expected = torch.tensor([[2.0, -2.0, 2.0, 2.0], [0.0, 0.0, 0.0, 4.0]])
+    for made in (plan.apply(net), Plan.load(plan.save(tmp_path / "p.json")).apply(net)):
+        assert torch.equal(made.weight, expected)
+    assert torch.equal(net.weight, w)
+    assert "mask      weight: 5 of 8 stay" in str(plan)
+    assert "share     weight: 4 values, and zero" in str(plan)
+
+
+def test_a_mask_that_does_not_fit_is_one_line():
+    edit = Mask(tensor="weight", shape=(2, 4), nonzeros=8, kept=pack_mask(torch.ones(2, 4, dtype=torch.bool)))
+    with pytest.raises(PlanError, match=r"weight has shape \(2, 3\), the plan's mask \(2, 4\)"):
+        Plan(edits=(edit,)).apply(nn.Linear(3, 2))
+    with pytest.raises(PlanError, match="damaged"):
+        Plan(edits=(edit.model_copy(update={"kept": "no mask"}),)).apply(nn.Linear(4, 2))
+    with pytest.raises(PlanError, match="has 1 bytes, and 16 entries need 2"):
+        Plan(edits=(edit.model_copy(update={"shape": (4, 4)}),)).apply(nn.Linear(4, 4))

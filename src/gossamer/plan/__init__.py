@@ -8,13 +8,16 @@ from gossamer.plan.edits import (
     Edit,
     InputSpec,
     Keep,
+    Mask,
     QuantizeActivation,
     QuantizeWeight,
     RescaleCall,
     SetAttribute,
+    Share,
     StructureEdit,
 )
 from gossamer.plan.plan import Plan, input_specs
+from gossamer.plan.weights import pack_mask, snap, unpack_mask
 
 __all__ = [
     "AdaptAttention",
@@ -23,12 +26,17 @@ __all__ = [
     "Edit",
     "InputSpec",
     "Keep",
+    "Mask",
     "Plan",
     "QuantizeActivation",
     "QuantizeWeight",
     "RescaleCall",
     "SetAttribute",
+    "Share",
     "StructureEdit",
     "apply_structure",
     "input_specs",
+    "pack_mask",
+    "snap",
+    "unpack_mask",
 ]

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from gossamer.errors import PlanError, near
-from gossamer.plan.edits import AdaptAttention, AddBias, BaseEdit, Keep, RescaleCall, SetAttribute
+from gossamer.plan.edits import AdaptAttention, AddBias, BaseEdit, Keep, Mask, RescaleCall, SetAttribute, Share
+from gossamer.plan.weights import snap, unpack_mask
 
 
 def apply_structure(model: nn.Module, edits: Sequence[BaseEdit], *, copied: bool = False) -> nn.Module:
@@ -46,6 +47,15 @@ def apply_structure(model: nn.Module, edits: Sequence[BaseEdit], *, copied: bool
                 weight = module.weight
                 assert isinstance(weight, torch.Tensor)
                 module.bias = nn.Parameter(weight.new_zeros(edit.size))
+            case Mask():
+                tensor = _tensor(model, edit.tensor)
+                if tuple(tensor.shape) != edit.shape:
+                    raise PlanError(f"{edit.tensor} has shape {tuple(tensor.shape)}, the plan's mask {edit.shape}")
+                tensor.detach().masked_fill_(~unpack_mask(edit.kept, edit.shape).to(tensor.device), 0)
+            case Share():
+                for name in edit.tensors:
+                    tensor = _tensor(model, name)
+                    tensor.detach().copy_(snap(tensor, edit.codebooks, zeros=edit.zeros))
             case _:
                 raise PlanError(f"an edit of kind {getattr(edit, 'kind', type(edit).__name__)!r} changes no structure")
     return model

@@ -60,6 +60,33 @@ class AdaptAttention(BaseEdit):
     module: str
 
 
+class Mask(BaseEdit):
+    """Set entries of a weight to zero; where the network is trained afterwards, they stay zero.
+
+    ``kept`` has one bit for each entry, row by row, 1 where it stays (see `pack_mask`); ``nonzeros`` counts them.
+    """
+
+    kind: Literal["mask"] = "mask"
+    tensor: str
+    shape: tuple[int, ...]
+    nonzeros: int
+    kept: str
+
+
+class Share(BaseEdit):
+    """Give every entry of some weights the nearest value of a codebook; where the network is trained afterwards, entries move together.
+
+    ``codebooks`` holds one ascending list of values for each equal block of dimension 0; all ``tensors`` use the same. With ``zeros``,
+    entries that are exactly zero stay zero and take no value of the codebook.
+    """
+
+    kind: Literal["share"] = "share"
+    tensors: tuple[str, ...]
+    bits: int
+    codebooks: tuple[tuple[float, ...], ...]
+    zeros: bool
+
+
 class AsGraph(BaseEdit):
     """Write the network down as one graph of tensor operations, its sizes as constants (`torch.export`); parameters keep their names."""
 
@@ -93,10 +120,10 @@ class QuantizeActivation(BaseEdit):
 
 
 Edit = Annotated[
-    Keep | SetAttribute | RescaleCall | AdaptAttention | AddBias | AsGraph | QuantizeWeight | QuantizeActivation,
+    Keep | SetAttribute | RescaleCall | AdaptAttention | AddBias | Mask | Share | AsGraph | QuantizeWeight | QuantizeActivation,
     Field(discriminator="kind"),
 ]
-StructureEdit = Keep | SetAttribute | RescaleCall | AdaptAttention | AddBias
+StructureEdit = Keep | SetAttribute | RescaleCall | AdaptAttention | AddBias | Mask | Share
 QUANTIZE = (QuantizeWeight, QuantizeActivation)
 
 

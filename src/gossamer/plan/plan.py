@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +22,12 @@ from gossamer.plan.edits import (
     Edit,
     InputSpec,
     Keep,
+    Mask,
     QuantizeActivation,
     QuantizeWeight,
     RescaleCall,
     SetAttribute,
+    Share,
     StructureEdit,
 )
 
@@ -141,6 +144,11 @@ class Plan(BaseModel):
                     lines.append(f"  adapt     {e.module}: attention with any number of heads")
                 case AddBias():
                     lines.append(f"  add bias  {e.module} [{e.size}]")
+                case Mask():
+                    lines.append(f"  mask      {e.tensor}: {e.nonzeros:,} of {prod(e.shape):,} stay")
+                case Share():
+                    values = sum(map(len, e.codebooks))
+                    lines.append(f"  share     {', '.join(e.tensors)}: {values} values{', and zero' if e.zeros else ''}")
                 case AsGraph():
                     lines.append("  as graph  the network: one graph of tensor operations")
                 case QuantizeWeight():
