@@ -9,8 +9,8 @@ import torchvision
 from torch import nn
 
 import gossamer as gs
+from gossamer.calibration import reestimate_batch_norm
 from gossamer.errors import BudgetError, NothingToDo, SelectorError, UsageError
-from gossamer.pruning.batchnorm import reestimate_batch_norm
 from gossamer.pruning.compensation import _Moments, predict
 from gossamer.pruning.costs import mac_costs, parameter_costs
 from gossamer.pruning.importance import importance_scores

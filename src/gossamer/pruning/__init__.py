@@ -1,7 +1,7 @@
 """Structured pruning: importance, allocation to a target, compensation from calibration data. See README.md."""
 
+from gossamer.calibration import reestimate_batch_norm
 from gossamer.projections import l0_project, l1_project
-from gossamer.pruning.batchnorm import reestimate_batch_norm
 from gossamer.pruning.importance import importance_scores
 from gossamer.pruning.prune import prune
 from gossamer.pruning.schedule import SCHEDULES, fractions, prune_in_steps

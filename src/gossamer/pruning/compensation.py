@@ -12,9 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from gossamer.adapters import free_attention
+from gossamer.calibration import Batches
 from gossamer.plan import AddBias
 from gossamer.profiling.runtime import evaluating
-from gossamer.pruning.reading import Batches
 from gossamer.sources.batches import Batch
 
 RIDGE = 0.1

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gossamer.calibration import reestimate_batch_norm
 from gossamer.errors import BudgetError, NothingToDo, SelectorError, UsageError, WeightsError, near
 from gossamer.plan import AsGraph, Plan, StructureEdit, input_specs
 from gossamer.pruning.allocation import Family, choose, everything, families
-from gossamer.pruning.batchnorm import reestimate_batch_norm
 from gossamer.pruning.compensation import compensate as fold_back
 from gossamer.pruning.costs import CostModel, channel_costs, mac_costs, parameter_costs
 from gossamer.pruning.importance import Importance, importance_scores

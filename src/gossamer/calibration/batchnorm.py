@@ -1,4 +1,4 @@
-"""Batch-norm statistics measured again, after pruning has shifted what flows through the network."""
+"""Batch-norm statistics measured again, after compression has shifted what flows through the network."""
 
 from __future__ import annotations
 
