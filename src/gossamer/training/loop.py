@@ -17,6 +17,7 @@ from gossamer.result import ExampleInputs, Result
 from gossamer.training import checkpoint as checkpoints
 from gossamer.training.averaging import Best, make_average
 from gossamer.training.checkpoint import Parts, Progress
+from gossamer.training.constraints import chained, held_by
 from gossamer.training.epoch import Epoch
 from gossamer.training.feeding import count_batches, own_randomness, seed_epoch
 from gossamer.training.interruption import TrainingStopped, stop_on_sigterm
@@ -86,7 +87,7 @@ def fit(
         (True, 40)
 
     Args:
-        model: stays as it is. Parameters that require no gradient are not trained.
+        model: stays as it is. Parameters that require no gradient are not trained. The zeros of a `Result` whose plan has masks stay zero.
         data: batches that can be read again for each epoch: a DataLoader (with workers, too), a list. A batch is a tensor, a dict of keyword
             inputs, or inputs followed by the target. A DataLoader's own generator is seeded for each epoch, and put back at the end.
         objective: ``(outputs, target) -> loss``, or ``(model, batch) -> loss`` where the first parameter is called ``model``; or
@@ -127,7 +128,8 @@ def fit(
             computed twice where that costs least; running statistics, dropout and gradients stay those of the plain run.
         measure_memory: measure the peak of a step, as ``memory_budget`` does, without a budget.
         optimizer_in_backward: update each parameter as soon as its gradient is there and free it. Not with clipping or accumulation.
-        after_step: called with the network in training after each optimiser step, without gradients: to hold masks, for example.
+        after_step: called with the network in training after each optimiser step, under ``no_grad``; the step's gradients are still there. Where
+            it is a module, its state is part of the checkpoints.
 
     Returns:
         A `FitResult`; for a `Result`, the `Result` with the trained network in it.
@@ -185,7 +187,7 @@ def fit(
             precision=precision,
             average=make_average(copied, ema) if ema is not None else None,
             scaler=make_scaler(target_device, precision),
-            after_step=after_step,
+            after_step=chained(held_by(model.plan, copied) if isinstance(model, Result) else None, after_step),
         )
         adapters = _prepare(run, data, seed)
         run.optimizer = make_optimizer(
@@ -197,7 +199,7 @@ def fit(
             layer_decay=layer_decay,
             extra=adapters.parameters() if adapters is not None else (),
         )
-        extra_modules = {"ema": run.average, "adapters": adapters}
+        extra_modules = {"ema": run.average, "adapters": adapters, "after_step": after_step if isinstance(after_step, nn.Module) else None}
         best = Best(monitor, patience)
         parts = Parts(copied, run.optimizer, {k: m for k, m in extra_modules.items() if m is not None}, run.scaler, best.state)
         state = Progress(log_start=size_of(log) if log is not None else None)
