@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
+from gossamer.coding import read_state, save_coded
+from gossamer.coding.files import write_safetensors
 from gossamer.errors import RunFolderError, SourceError, WeightsError
-from gossamer.plan import Plan
+from gossamer.plan import Mask, Plan, Share
 from gossamer.result import Result
 from gossamer.sources.weights import load_versioned
 
@@ -62,26 +62,14 @@ def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
-def save_weights(model: nn.Module, path: str | Path) -> Path:
-    """Write a network's state dict as safetensors, atomically."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(state_of(model), temporary)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as e:
-        temporary.unlink(missing_ok=True)
-        raise RunFolderError(f"cannot write {path}: {e}") from None
-    return path
+def save_weights(model: nn.Module, path: str | Path, *, coded: bool = False) -> Path:
+    """Write a network's state dict as safetensors, atomically; ``coded`` makes sparse and shared weights small (see `gossamer.coding`)."""
+    return save_coded(state_of(model), path) if coded else write_safetensors(state_of(model), path)
 
 
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
-    """Fill ``model`` in place from a file that `save_weights` wrote; WeightsError where it does not fit."""
-    try:
-        state = load_file(path)
-    except (OSError, SafetensorError) as e:
-        raise WeightsError(f"cannot read {path}: {e}") from None
+    """Fill ``model`` in place from a file that `save_weights` wrote, coded or not; WeightsError where it does not fit."""
+    state = read_state(path)
     own = model.state_dict()
     ties: dict[tuple[Any, ...], list[str]] = {}
     for name, tensor in own.items():
@@ -101,12 +89,15 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
 
 
 def save_result(result: Result, folder: str | Path) -> Path:
-    """Write what `load` needs: plan, weights and environment. The folder must not hold a result yet."""
+    """Write what `load` needs: plan, weights and environment. The folder must not hold a result yet.
+
+    Weights that the plan masks or shares are written coded: they take the space that their entropy asks for.
+    """
     folder = Path(folder)
     if (folder / PLAN).exists():
         raise RunFolderError(f"{folder} already holds a result: name another folder")
     write_text(folder / ENVIRONMENT, json.dumps(environment(result.source), indent=2) + "\n")
-    save_weights(result.model, folder / WEIGHTS)
+    save_weights(result.model, folder / WEIGHTS, coded=any(isinstance(e, Mask | Share) for e in result.plan.edits))
     result.plan.save(folder / PLAN)
     return folder
 

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from gossamer.coding import read_state as read_safetensors
 from gossamer.errors import WeightsError, near
 
 WRAPPERS = ("state_dict", "model_state_dict", "model")
@@ -32,7 +31,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         {'bias': tensor([1., 1.])}
 
     Args:
-        path: a safetensors file, or one that ``torch.load(weights_only=True)`` reads. A state dict under ``"state_dict"``,
+        path: a safetensors file, plain or coded (see `gossamer.coding`), or one that ``torch.load(weights_only=True)`` reads. A state dict under ``"state_dict"``,
             ``"model_state_dict"`` or ``"model"`` is unwrapped, and ``"module."`` is taken off where every name has it.
 
     Returns:
@@ -115,8 +114,8 @@ def _read(path: Path) -> Any:
         with path.open("rb") as f:
             head = f.read(9)
         if path.suffix == ".safetensors" or head[8:] == b"{":
-            return load_file(path)
-    except (OSError, SafetensorError) as e:
+            return read_safetensors(path)
+    except OSError as e:
         raise WeightsError(f"cannot read weights from {path}: {_one_line(e)}") from None
     if head[:4] != b"PK\x03\x04" and head[:1] != b"\x80":  # a zip archive, or a pickle of protocol 2 or later
         raise WeightsError(f"{path} is neither safetensors nor a torch file")
