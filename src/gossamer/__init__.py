@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gossamer.profiling import benchmark, profile
     from gossamer.pruning import prune
     from gossamer.quantization import quantize
-    from gossamer.recipe import Budget, Distill, Fit, Prune, Quantize, Recipe
+    from gossamer.recipe import Budget, Cluster, Distill, Fit, Prune, Quantize, Recipe, Sparsify
     from gossamer.result import Profile, Proof, Result
     from gossamer.run_folder import load
     from gossamer.sources import load_data, load_model
@@ -39,6 +39,7 @@ _HOME = {
     "quantize": "gossamer.quantization",
     "sparsify": "gossamer.sparsity",
     "Budget": "gossamer.recipe",
+    "Cluster": "gossamer.recipe",
     "Distill": "gossamer.recipe",
     "Fit": "gossamer.recipe",
     "Plan": "gossamer.plan",
@@ -48,11 +49,13 @@ _HOME = {
     "Quantize": "gossamer.recipe",
     "Recipe": "gossamer.recipe",
     "Result": "gossamer.result",
+    "Sparsify": "gossamer.recipe",
 }
 
 __version__ = "0.1.0"
 __all__ = [
     "Budget",
+    "Cluster",
     "Distill",
     "Fit",
     "Plan",
@@ -62,6 +65,7 @@ __all__ = [
     "Quantize",
     "Recipe",
     "Result",
+    "Sparsify",
     "__version__",
     "benchmark",
     "channels",

@@ -51,6 +51,51 @@ class Prune(_Step):
         return self
 
 
+class Sparsify(_Step):
+    """Set single weights to zero: the coded weights file shrinks; ONNX Runtime gets neither faster nor smaller.
+
+    ``sparsity`` or an N:M ``pattern``, or ``l0`` or ``l1``. With ``epochs`` of distillation from the original the zeros come on a ``schedule``, and
+    may ``regrow``; training steps after this one keep the zeros.
+    """
+
+    kind: ClassVar[str] = "sparsify"
+    sparsity: float | None = Field(None, gt=0, lt=1)
+    l0: int | None = Field(None, ge=0)
+    l1: Annotated[float, Field(ge=0)] | str | None = None
+    pattern: str | None = None
+    scope: Literal["layer", "global", "row"] = "layer"
+    criterion: Literal["magnitude", "taylor", "fisher", "snip", "wanda", "second_order"] = "magnitude"
+    ignore: tuple[str, ...] = ()
+    reestimate_bn: bool = True
+    schedule: Literal["one_shot", "iterative", "cubic"] = "one_shot"
+    regrow: Literal["gradient", "random"] | None = None
+    epochs: int = Field(0, ge=0)
+    lr: float = Field(1e-3, gt=0)
+    batch_size: int = Field(64, ge=1)
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Sparsify:
+        regular = self.pattern is not None and ":" in self.pattern
+        if sum(t is not None for t in (self.sparsity, self.l0, self.l1)) + regular != 1:
+            raise ValueError("sparsify needs exactly one of sparsity, l0, l1 and an N:M pattern")
+        if not self.epochs and (self.schedule != "one_shot" or self.regrow is not None):
+            raise ValueError("a schedule and regrowth need epochs")
+        return self
+
+
+class Cluster(_Step):
+    """Weight sharing: every weight takes one of a few values of a codebook, so that the coded weights file shrinks.
+
+    Training steps after this one move the values of the codebook, and weights with them.
+    """
+
+    kind: ClassVar[str] = "cluster"
+    bits: int = Field(4, ge=2, le=8)
+    groups: int = Field(1, ge=1)
+    scope: Literal["tensor", "shape", "network"] = "tensor"
+    ignore: tuple[str, ...] = ()
+
+
 class Fit(_Step):
     """Train on the data's own labels."""
 
@@ -118,8 +163,8 @@ class Quantize(_Step):
     ignore: tuple[str, ...] = ()
 
 
-Step = Prune | Fit | Distill | Quantize
-STEPS: dict[str, type[_Step]] = {s.kind: s for s in (Prune, Fit, Distill, Quantize)}
+Step = Prune | Sparsify | Cluster | Fit | Distill | Quantize
+STEPS: dict[str, type[_Step]] = {s.kind: s for s in (Prune, Sparsify, Cluster, Fit, Distill, Quantize)}
 
 
 class Budget(BaseModel):
@@ -250,6 +295,10 @@ class Recipe(BaseModel):
         kinds = [s.kind for s in steps]
         if "quantize" in kinds[:-1]:
             raise RecipeError(f"{where}: quantize must be the last step; nothing can be trained or cut after it")
+        for first, then in (("prune", ("sparsify", "cluster")), ("sparsify", ("cluster",))):
+            late = next((k for i, k in enumerate(kinds) if k in then and first in kinds[i:]), None)
+            if late:
+                raise RecipeError(f"{where}: {first} comes before {late}, which it would undo")
         return cls.model_construct(steps=steps, budget=budget)  # type: ignore[arg-type]
 
     def dump(self) -> str:

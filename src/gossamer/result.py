@@ -94,6 +94,35 @@ class Proof:
         return f"proof {verdict}: relative difference {self.difference:.1e} <= {self.tolerance:.0e} on {len(self.exact)} groups{tail}"
 
 
+ORDER = {"keep": "prune", "mask": "sparsify", "share": "cluster", "quantize_weight": "quantize", "quantize_activation": "quantize"}
+"""Kinds of edits, and the step each comes from, in the order in which steps can follow each other: a later one would be undone."""
+
+
+def network_of(model: nn.Module | Result, step: str) -> nn.Module:
+    """The network to go on from with a step: ``"prune"``, ``"sparsify"``, ``"cluster"`` or ``"quantize"``.
+
+    Raises:
+        UsageError: what was given is neither a network nor a `Result`, or the step would undo what was done already: cutting channels fills
+            zeros, zeros break up codebooks, and integers cannot be changed any more.
+    """
+    from torch import nn
+
+    from gossamer.errors import UsageError
+
+    if isinstance(model, Result):
+        steps = list(dict.fromkeys(ORDER.values()))
+        later = [s for s in steps if s in {ORDER.get(k) for k in model.plan.counts()} and steps.index(s) > steps.index(step)]
+        if later or (step == "quantize" and "quantize_weight" in model.plan.counts()):
+            raise UsageError(
+                f"{step} would undo {(later or [step])[0]}, which was done already: {step} comes first, before "
+                + ", ".join(later or [step])
+            )
+        return model.model
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"{step} takes a torch.nn.Module or a Result, not {type(model).__name__}")
+    return model
+
+
 @dataclass(frozen=True)
 class Result:
     """A transformed network with what was done to it and what that did.
@@ -135,6 +164,17 @@ class Result:
         from gossamer.run_folder import save_result
 
         return save_result(self, folder)
+
+    def then(self, step: Result) -> Result:
+        """This result followed by a further step that was made from its network: one plan, before and source from here."""
+        return replace(
+            step,
+            plan=self.plan + step.plan,
+            before=self.before,
+            proof=step.proof or self.proof,
+            notes=tuple(dict.fromkeys([*self.notes, *step.notes])),
+            source=self.source,
+        )
 
     def with_(self, **changes: Any) -> Result:
         """A copy with some fields replaced."""

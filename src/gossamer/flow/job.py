@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.errors import RecipeError, SourceError, UsageError, WeightsError
-from gossamer.recipe import Budget, Fit, Prune, Quantize, Recipe
+from gossamer.recipe import Budget, Fit, Prune, Quantize, Recipe, Sparsify
 from gossamer.result import ExampleInputs
 from gossamer.sources import Data, LoadedModel, load_data, load_model
 from gossamer.sources.batches import call, check_inputs, outputs
@@ -179,7 +179,7 @@ def check_folder(out: str | Path, *, resume: bool) -> Path:
 
 
 def _splits(data: Any, recipe: Recipe | None, seed: int) -> tuple[str | None, Iterable[Any], Any]:
-    trains = [s for s in (recipe.steps if recipe else ()) if isinstance(s, Fit) or (isinstance(s, Prune) and s.epochs)]
+    trains = [s for s in (recipe.steps if recipe else ()) if isinstance(s, Fit) or (isinstance(s, Prune | Sparsify) and s.epochs)]
     if isinstance(data, Data):
         if trains and data.train is None:
             raise RecipeError(
@@ -192,9 +192,14 @@ def _splits(data: Any, recipe: Recipe | None, seed: int) -> tuple[str | None, It
         raise SourceError(f"data must be an iterable of batches or a specification such as 'digits', not {type(data).__name__}")
     if hasattr(data, "__next__"):
         raise SourceError("data is an iterator, which can be read only once: pass a DataLoader or a list of batches")
-    if any(isinstance(s, Prune) and s.importance in ("taylor", "fisher") for s in (recipe.steps if recipe else ())) and not trains:
+    if not trains and any(_needs_labels(s) for s in (recipe.steps if recipe else ())):
         return None, data, None
     return None, data, data if trains or recipe is None else None
+
+
+def _needs_labels(step: object) -> bool:
+    gradients = ("taylor", "fisher", "snip")
+    return getattr(step, "importance", None) in gradients or getattr(step, "criterion", None) in gradients
 
 
 def _spread(n: int, most: int) -> Sequence[int]:

@@ -11,11 +11,11 @@ from typing import Any
 
 from gossamer import __version__
 from gossamer.flow.job import Job, Progress
-from gossamer.plan import Plan, QuantizeWeight
+from gossamer.plan import Mask, Plan, QuantizeWeight, Share
 from gossamer.recipe import LATENCY_UNITS, SIZE_UNITS, Budget, Recipe, quantity
-from gossamer.report.schema import Accuracy, Frozen, Input, Latency, LayerRow, Measured, Parity, Report, StepReport, Target
+from gossamer.report.schema import Accuracy, Frozen, Input, Latency, LayerRow, Measured, Parity, Report, StepReport, Storage, Target
 from gossamer.result import Profile, Result
-from gossamer.run_folder import environment
+from gossamer.run_folder import WEIGHTS, environment, save_weights, state_of
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,7 @@ def measure(
         n=evaluated.n,
     )
     budget = budget_lines(job.budget, before, after) if job.budget else []
+    kept = stored(original, result, path.parent)
     return Report(
         gossamer=__version__,
         model=job.source or type(job.model).__name__,
@@ -123,9 +124,28 @@ def measure(
         layers=layer_rows(original.profile, compressed, result.plan),
         frozen=list(original.frozen),
         budget=budget,
-        warnings=[*warnings_for(before, after, parity, steps=steps, budget=budget), *job.warnings, *exported.notes],
+        warnings=[*warnings_for(before, after, parity, steps=steps, budget=budget, storage=kept), *job.warnings, *exported.notes],
         inputs=_inputs(path),
         preprocessing=job.preprocessing,
+        storage=kept,
+    )
+
+
+def stored(original: Original, result: Result, folder: Path) -> Storage | None:
+    """What the coded weights file takes, where the plan masks or shares weights."""
+    from gossamer.coding import storage
+
+    if not any(isinstance(e, Mask | Share) for e in result.plan):
+        return None
+    found = storage(state_of(result.model))
+    file = save_weights(result.model, folder / WEIGHTS, coded=True)
+    return Storage(
+        file=WEIGHTS,
+        size_bytes=file.stat().st_size,
+        dense_bytes=original.profile.weight_bytes,
+        entropy_bytes=found.entropy_bytes,
+        zeros=found.zeros,
+        weights=found.numel,
     )
 
 

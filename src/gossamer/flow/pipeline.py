@@ -99,7 +99,7 @@ def plan_only(model: Any, data: Any, **options: Any) -> Plan:
     plan, network, profile = Plan(inputs=input_specs(job.example_inputs)), job.model, _profile(job)[0]
     for step in recipe.steps:
         if not isinstance(step, Fit):
-            result = run_step(step, network, profile, job, folder=None, progress=progress)
+            result = run_step(step, network, plan, profile, job, folder=None, progress=progress)
             plan, network, profile = plan + result.plan, result.model, result.after
     return plan
 
@@ -153,7 +153,7 @@ def _attempt(job: Job, recipe: Recipe, original: Original, folder: Path, progres
         place = folder / f"{i + 1}-{step.kind}"
         if not (place / "step.json").exists():
             started = time.perf_counter()
-            result = run_step(step, network, profile, job, folder=place, progress=progress)
+            result = run_step(step, network, plan, profile, job, folder=place, progress=progress)
             row = StepReport(
                 step=step.kind,
                 options=step.model_dump(mode="json"),

@@ -9,16 +9,20 @@ from typing import Any
 from torch import nn
 
 from gossamer.flow.job import Job, Progress
-from gossamer.recipe import Distill, Fit, Prune, Quantize
+from gossamer.plan import Plan
+from gossamer.recipe import Cluster, Distill, Fit, Prune, Quantize, Sparsify
 from gossamer.result import Profile, Result
 
 
-def run_step(step: object, model: nn.Module, before: Profile, job: Job, *, folder: Path | None, progress: Progress | None) -> Result:
+def run_step(
+    step: object, model: nn.Module, plan: Plan, before: Profile, job: Job, *, folder: Path | None, progress: Progress | None
+) -> Result:
     """Apply one step.
 
     Args:
-        step: a `Prune`, `Fit`, `Distill` or `Quantize`.
+        step: a `Prune`, `Sparsify`, `Cluster`, `Fit`, `Distill` or `Quantize`.
         model: the network so far; not changed.
+        plan: of the steps so far: training keeps its zeros and its shared weights.
         before: its profile.
         job: data, seed, and the original network, which teaches in `Distill`.
         folder: where training writes checkpoints to resume from, or None.
@@ -35,8 +39,15 @@ def run_step(step: object, model: nn.Module, before: Profile, job: Job, *, folde
     match step:
         case Prune():
             return _prune(step, model, job, tick)
+        case Sparsify():
+            return _sparsify(step, model, job, folder, tick)
+        case Cluster():
+            from gossamer.sharing import cluster
+
+            options = {"bits": step.bits, "groups": step.groups, "scope": step.scope, "ignore": step.ignore}
+            return cluster(model, example_inputs=job.example_inputs, progress=tick, **options)
         case Fit():
-            return _train(step, model, before, job, folder, tick)
+            return _train(step, model, plan, before, job, folder, tick)
         case Quantize():
             from gossamer.quantization import quantize
 
@@ -89,9 +100,48 @@ def _prune(step: Prune, model: nn.Module, job: Job, tick: Callable[[int, int], N
     return prune_in_steps(model, job.example_inputs, schedule=step.schedule, steps=step.steps, recover=recover, **options)
 
 
-def _train(step: Fit, model: nn.Module, before: Profile, job: Job, folder: Path | None, tick: object) -> Result:
-    from gossamer.plan import Plan, input_specs
+def _sparsify(step: Sparsify, model: nn.Module, job: Job, folder: Path | None, tick: Callable[[int, int], None]) -> Result:
+    from gossamer.sparsity import sparsify, train_sparse
 
+    options: dict[str, Any] = {
+        "sparsity": step.sparsity,
+        "l0": step.l0,
+        "l1": step.l1,
+        "pattern": step.pattern,
+        "scope": step.scope,
+        "criterion": step.criterion,
+        "ignore": step.ignore,
+        "example_inputs": job.example_inputs,
+        "calibration": job.calibration,
+    }
+    if not step.epochs or folder is None:  # without a folder it is a dry run: masks of the weights as they are
+        return sparsify(model, reestimate_bn=step.reestimate_bn, progress=tick, **options)
+    from gossamer.distillation import distill
+
+    return train_sparse(
+        model,
+        job.training,
+        schedule=step.schedule,
+        regrow=step.regrow,
+        epochs=step.epochs,
+        lr=step.lr,
+        seed=job.seed,
+        progress=tick,
+        train=lambda network, data, **more: distill(network, job.model, data, **more),
+        **_kept_in(folder),
+        **options,
+    )
+
+
+def _kept_in(folder: Path | None) -> dict[str, Any]:
+    """Where training keeps what it resumes from, and its log."""
+    if folder is None:
+        return {}
+    return {"checkpoint": folder / "training", "resume": (folder / "training").exists(), "log": folder / "log.jsonl"}
+
+
+def _train(step: Fit, model: nn.Module, plan: Plan, before: Profile, job: Job, folder: Path | None, tick: object) -> Result:
+    start = Result(model=model, plan=plan, before=before, after=before, example_inputs=job.example_inputs)
     options: dict[str, Any] = {
         "epochs": step.epochs,
         "lr": step.lr,
@@ -110,25 +160,17 @@ def _train(step: Fit, model: nn.Module, before: Profile, job: Job, folder: Path 
         "penalty_weight": step.penalty_weight,
         "seed": job.seed,
         "progress": tick,
-        "checkpoint": folder / "training" if folder else None,
-        "resume": bool(folder and (folder / "training").exists()),
-        "log": folder / "log.jsonl" if folder else None,
-    }
+    } | _kept_in(folder)
     if isinstance(step, Distill):
         from gossamer.distillation import Feature, distill
 
         names = step.features if isinstance(step.features, dict) else {name: name for name in step.features}
         features = [Feature(mine, other, step.feature_loss, step.feature_weight) for mine, other in names.items()]
         options |= {"teacher_cache": folder / "teacher" if step.teacher_cache and folder else None}
-        trained = distill(model, job.model, job.training, loss=step.loss, alpha=step.alpha, tau=step.tau, features=features, **options)
+        trained = distill(start, job.model, job.training, loss=step.loss, alpha=step.alpha, tau=step.tau, features=features, **options)
     else:
         from gossamer.training import fit
 
-        trained = fit(model, job.training, **options)
-    return Result(
-        model=trained.model.eval(),
-        plan=Plan(inputs=input_specs(job.example_inputs)),
-        before=before,
-        after=before,
-        example_inputs=job.example_inputs,
-    )
+        trained = fit(start, job.training, **options)
+    changed = tuple(e for e in trained.plan if e not in plan.edits)  # codebooks that were trained
+    return trained.with_(model=trained.model.eval(), plan=plan.model_copy(update={"edits": changed}))

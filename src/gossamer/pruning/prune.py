@@ -18,7 +18,7 @@ from gossamer.pruning.compensation import compensate as fold_back
 from gossamer.pruning.costs import CostModel, channel_costs, mac_costs, parameter_costs
 from gossamer.pruning.importance import Importance, importance_scores
 from gossamer.pruning.latency import STEP, LatencyModel, fraction, latency_costs, measured
-from gossamer.result import Profile, Result
+from gossamer.result import Profile, Result, network_of
 from gossamer.sources.batches import check_inputs
 from gossamer.surgery import Cut, cut
 from gossamer.trace import ChannelMap, Trace, costs, trace
@@ -29,7 +29,7 @@ _ATTEMPTS = 4  # times that classes are chosen again where some turn out to be f
 
 
 def prune(
-    model: nn.Module,
+    model: nn.Module | Result,
     example_inputs: Any,
     *,
     ratio: float | None = None,
@@ -59,7 +59,7 @@ def prune(
         (8, 8, True)
 
     Args:
-        model: the network; it is not changed.
+        model: the network, or a `Result`, whose plan is continued; it is not changed.
         example_inputs: a tuple of positional inputs, or a dict of keyword inputs.
         ratio: fraction of the channels to remove, in (0, 1).
         macs: fraction of the multiply-adds to keep, in (0, 1).
@@ -93,6 +93,7 @@ def prune(
         TraceError: the network fails on the example inputs.
         ExportError: ``form="graph"`` of a network whose forward branches on a tensor's value.
     """
+    given, model = model, network_of(model, "prune")
     target, kind = one_target(ratio=ratio, macs=macs, params=params, latency=latency)
     if scope not in ("global", "layer"):
         raise UsageError(f"scope={scope!r}: known are global, layer{near(str(scope), ('global', 'layer'))}")
@@ -142,7 +143,7 @@ def prune(
         example_inputs=example_inputs,
         notes=tuple(notes),
     )
-    return in_form(result, form)
+    return in_form(given.then(result) if isinstance(given, Result) else result, form)
 
 
 def in_form(result: Result, form: str) -> Result:

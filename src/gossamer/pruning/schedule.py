@@ -11,7 +11,7 @@ from gossamer.errors import NothingToDo, UsageError, near
 from gossamer.plan import Plan
 from gossamer.pruning.latency import fraction
 from gossamer.pruning.prune import check_form, in_form, one_target, prune, within
-from gossamer.result import Proof, Result
+from gossamer.result import Proof, Result, network_of
 from gossamer.sources.batches import check_inputs
 
 SCHEDULES = ("one_shot", "iterative", "cubic")
@@ -44,7 +44,7 @@ def fractions(schedule: str, steps: int) -> list[float]:
 
 
 def prune_in_steps(
-    model: nn.Module,
+    model: nn.Module | Result,
     example_inputs: Any,
     *,
     schedule: str = "cubic",
@@ -73,7 +73,7 @@ def prune_in_steps(
         ([48, 32], 32, True)
 
     Args:
-        model: the network; it is not changed.
+        model: the network, or a `Result`, whose plan is continued; it is not changed.
         example_inputs: a tuple of positional inputs, or a dict of keyword inputs.
         schedule: ``"iterative"`` (equal parts), ``"cubic"`` (most early) or ``"one_shot"``.
         steps: how many times to prune.
@@ -94,6 +94,7 @@ def prune_in_steps(
         BudgetError: the target cannot be reached.
         NothingToDo: no step finds anything to prune.
     """
+    given, model = model, network_of(model, "prune")
     check_form(form)
     final, kind = one_target(ratio=ratio, macs=macs, params=params, latency=latency)
     example_inputs = check_inputs(example_inputs)
@@ -137,7 +138,7 @@ def prune_in_steps(
         example_inputs=example_inputs,
         notes=tuple(dict.fromkeys([*notes, *(n for r in results for n in r.notes)])),
     )
-    return in_form(result, form)
+    return in_form(given.then(result) if isinstance(given, Result) else result, form)
 
 
 def _difference(proof: Proof) -> float:

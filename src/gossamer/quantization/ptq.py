@@ -20,7 +20,7 @@ from gossamer.quantization.observers import Histogram, affine
 from gossamer.quantization.points import Points, find_points, source
 from gossamer.quantization.steps import minmax_steps, mse_steps
 from gossamer.quantization.target import resolve
-from gossamer.result import Profile, Result
+from gossamer.result import Profile, Result, network_of
 from gossamer.sources.batches import check_inputs
 from gossamer.trace.capture import capture
 
@@ -29,7 +29,7 @@ OBSERVERS = ("mse", "percentile", "minmax")
 
 
 def quantize(
-    model: nn.Module,
+    model: nn.Module | Result,
     example_inputs: Any,
     *,
     calibration: Iterable[Any] | None = None,
@@ -55,7 +55,7 @@ def quantize(
         (True, {'quantize_weight': 2, 'quantize_activation': 2})
 
     Args:
-        model: a float network; it is not changed.
+        model: a float network, or a `Result`, whose plan is continued; it is not changed.
         example_inputs: a tuple of positional inputs, or a dict of keyword inputs.
         calibration: batches as `gossamer.sources.batches.split` takes them; some 100 samples do. Read once.
         weight_bits: 2 to 8. Codes of fewer bits are stored in 8.
@@ -77,6 +77,7 @@ def quantize(
         NothingToDo: the network has no convolution or linear layer that can be quantised.
         ExportError: the network cannot be captured as one graph.
     """
+    given, model = model, network_of(model, "quantize")
     _check_options(weight_bits=weight_bits, activation_bits=activation_bits, step=step, observer=observer)
     _, signed, target_note = resolve(target)
     example_inputs = check_inputs(example_inputs)
@@ -103,7 +104,8 @@ def quantize(
     if weight_bits < 8:
         notes = (*notes, f"{weight_bits}-bit codes are stored in 8 bits each")
     plan = Plan(edits=tuple(edits), inputs=input_specs(example_inputs))
-    return Result(network, plan, before, after, example_inputs=example_inputs, notes=notes)
+    result = Result(network, plan, before, after, example_inputs=example_inputs, notes=notes)
+    return given.then(result) if isinstance(given, Result) else result
 
 
 def _check_options(*, weight_bits: int, activation_bits: int, step: str, observer: str) -> None:

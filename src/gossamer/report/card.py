@@ -8,7 +8,7 @@ import yaml
 
 from gossamer.report.html import environment
 from gossamer.report.schema import Report, StepReport
-from gossamer.report.text import agreement, comparison
+from gossamer.report.text import agreement, comparison, stored
 from gossamer.report.verdict import verdict
 
 
@@ -29,6 +29,7 @@ def model_card(report: Report) -> str:
         verdict=verdict(report),
         rows=comparison(report.before, report.after),
         agreement=agreement(report),
+        stored=stored(report.storage) if report.storage else "",
         options=_options,
         recipe=yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True) if report.recipe else "",
         versions=", ".join(f"{k} {v}" for k, v in versions.items()) or "not recorded",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -61,7 +61,7 @@ def html_report(report: Report) -> str:
             verdict=verdict(report),
             created=report.created.replace("T", " ").replace("+00:00", " UTC"),
             tone=tone(report),
-            cards=cards(report.before, report.after),
+            cards=[*cards(report.before, report.after), *_stored(report)],
             frozen=sorted(by_reason.items(), key=lambda item: -len(item[1])),
             recipe=yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True) if report.recipe else "",
             machine=flat(report.environment),
@@ -69,6 +69,16 @@ def html_report(report: Report) -> str:
             share=lambda macs: round(100 * macs / most, 2),
         )
     )
+
+
+def _stored(report: Report) -> list[Card]:
+    if report.storage is None:
+        return []
+    s = report.storage
+    card = _bar(
+        "Weights file, coded", s.dense_bytes, s.size_bytes, figures.size, times(s.dense_bytes, s.size_bytes, "smaller", "larger", "same")
+    )
+    return [replace(card, note=f"entropy bound {figures.size(s.entropy_bytes)}; {figures.percent(s.zeros / max(s.weights, 1))} are zero")]
 
 
 @cache

@@ -67,6 +67,21 @@ class Parity(_Part):
     n: int
 
 
+class Storage(_Part):
+    """The weights file of a network whose weights are sparse or shared: entropy-coded, lossless.
+
+    ``size_bytes`` is the file's, ``dense_bytes`` what the original's weights take as they are, ``entropy_bytes`` the order-0 entropy of what is
+    coded; ``zeros`` of ``weights`` entries are zero.
+    """
+
+    file: str
+    size_bytes: int
+    dense_bytes: int
+    entropy_bytes: int
+    zeros: int
+    weights: int
+
+
 class StepReport(_Part):
     """What one step did."""
 
@@ -143,3 +158,4 @@ class Report(_Part):
     inputs: list[Input] = []
     preprocessing: str | None = None
     simulated: Accuracy | None = None
+    storage: Storage | None = None

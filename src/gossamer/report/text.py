@@ -12,7 +12,7 @@ from rich.table import Table
 
 from gossamer.report import figures
 from gossamer.report.figures import NONE, amount, change, milliseconds, percent, plural, size, tail
-from gossamer.report.schema import Measured, Report
+from gossamer.report.schema import Measured, Report, Storage
 from gossamer.report.warnings import target_value
 
 if TYPE_CHECKING:
@@ -144,6 +144,8 @@ def run_table(report: Report, *, width: int = WIDTH) -> str:
         else ""
     )
     blocks.append([wrap("; ".join(filter(None, (said, agreement(report)))), width)])
+    if report.storage:
+        blocks[-1].append(wrap(stored(report.storage), width))
     if report.budget:
         rows = [[t.name, target_value(t, t.limit), target_value(t, t.reached), "met" if t.met else "MISSED"] for t in report.budget]
         blocks.append([table(["budget", "at most", "reached", ""], rows, right=(1, 2), width=width)])
@@ -197,6 +199,21 @@ def agreement(report: Report) -> str:
     elif p.simulation_sqnr_db is not None:
         said[-1] += f" relative, compressed {figures.decibels(p.simulation_sqnr_db)}"
     return "; ".join(said)
+
+
+def stored(storage: Storage) -> str:
+    """The coded weights file in a sentence.
+
+    Example:
+        >>> from gossamer.report.schema import Storage
+        >>> stored(Storage(file="a.safetensors", size_bytes=50_000, dense_bytes=1_000_000, entropy_bytes=48_000, zeros=900, weights=1000))
+        'weights: a.safetensors 50.0 kB, coded, of 1.00 MB (1/20.0; entropy bound 48.0 kB); 90.0% are zero'
+    """
+    s = storage
+    return (
+        f"weights: {s.file} {size(s.size_bytes)}, coded, of {size(s.dense_bytes)} (1/{s.dense_bytes / max(s.size_bytes, 1):.1f}; "
+        f"entropy bound {size(s.entropy_bytes)}); {percent(s.zeros / max(s.weights, 1))} are zero"
+    )
 
 
 def reasons(frozen: Iterable[tuple[str, str]], *, width: int = WIDTH) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gossamer.report import figures
-from gossamer.report.schema import Accuracy, Measured, Parity, StepReport, Target
+from gossamer.report.schema import Accuracy, Measured, Parity, StepReport, Storage, Target
 
 DROP = 0.01
 """Accuracy, as a fraction of 1, that may be lost, or differ between simulation and runtime, without a warning."""
@@ -29,6 +29,7 @@ def warnings_for(
     simulated: Accuracy | None = None,
     steps: Sequence[StepReport] = (),
     budget: Sequence[Target] = (),
+    storage: Storage | None = None,
     drop: float = DROP,
 ) -> list[str]:
     """One line for each thing that did not turn out as a reader would assume, the gravest first; a slow-down comes before all else.
@@ -44,13 +45,14 @@ def warnings_for(
         simulated: top-1 of the compressed network in torch.
         steps: what was done.
         budget: what was asked for.
+        storage: the coded weights file, where weights are sparse or shared.
         drop: accuracy that may be lost without a warning, as a fraction of 1.
 
     Returns:
         Lines without a full stop, starting in lower case; none where all is as it should be.
     """
     lines = [*_slower(before, after), *_missed(budget), *_larger(before, after), *_less_accurate(before, after, drop)]
-    return [*lines, *_unfaithful(after, parity, simulated), *_nothing_done(before, steps), *_few(after)]
+    return [*lines, *_unfaithful(after, parity, simulated), *_nothing_done(before, steps), *_few(after), *_only_smaller(after, storage)]
 
 
 def _slower(before: Measured, after: Measured) -> list[str]:
@@ -125,6 +127,17 @@ def _nothing_done(before: Measured, steps: Sequence[StepReport]) -> list[str]:
             )
         macs, params = step.macs, step.params
     return lines
+
+
+def _only_smaller(after: Measured, storage: Storage | None) -> list[str]:
+    if storage is None:
+        return []
+    zeros = storage.zeros / max(storage.weights, 1)
+    what = f"{figures.percent(zeros)} of the weights are zero" if zeros > 0.01 else "weights share a few values"
+    return [
+        f"{what}: that makes {storage.file} smaller ({figures.size(storage.size_bytes)}), not the ONNX file ({figures.size(after.size_bytes)}), "
+        "and neither ONNX Runtime faster nor its memory less: it computes with every weight"
+    ]
 
 
 def _few(after: Measured) -> list[str]:

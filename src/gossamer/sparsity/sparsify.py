@@ -15,7 +15,7 @@ from gossamer.errors import NothingToDo, SelectorError, UsageError, near
 from gossamer.plan import Mask, Plan, input_specs, pack_mask
 from gossamer.profiling import profile_or_sizes
 from gossamer.projections import l1_project
-from gossamer.result import ExampleInputs, Result
+from gossamer.result import ExampleInputs, Result, network_of
 from gossamer.sources.batches import check_inputs
 from gossamer.sources.layer_weights import layer_weights, other_parameters
 from gossamer.sparsity.criteria import CRITERIA, needed, owners, scores
@@ -78,7 +78,7 @@ def sparsify(
     Source: l1: Duchi et al., ICML 2008; the criteria: see `gossamer.sparsity.scores` and `gossamer.sparsity.reconstruct`.
     """
     given = model if isinstance(model, Result) else None
-    network = model.model if isinstance(model, Result) else model
+    network = network_of(model, "sparsify")
     if example_inputs is None and given is not None:
         example_inputs = given.example_inputs
     wanted = _check(sparsity, l0, l1, pattern, scope, criterion)
