@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gossamer.recipe import Budget, Distill, Fit, Prune, Quantize, Recipe
     from gossamer.result import Profile, Proof, Result
     from gossamer.run_folder import load
+    from gossamer.sharing import cluster
     from gossamer.sources import load_data, load_model
     from gossamer.trace import channels
     from gossamer.training import fit
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _HOME = {
     "benchmark": "gossamer.profiling",
     "channels": "gossamer.trace",
+    "cluster": "gossamer.sharing",
     "compress": "gossamer.flow",
     "distill": "gossamer.distillation",
     "export": "gossamer.exporting",
@@ -63,6 +65,7 @@ __all__ = [
     "__version__",
     "benchmark",
     "channels",
+    "cluster",
     "compress",
     "distill",
     "export",

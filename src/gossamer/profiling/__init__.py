@@ -1,7 +1,7 @@
 """What networks and artefacts cost and are worth: parameters, MACs and memory, latency in a runtime, accuracy in a runtime."""
 
 from gossamer.profiling.accuracy import Accuracy, Evaluation, evaluate, sqnr_db, wilson
-from gossamer.profiling.costs import profile
+from gossamer.profiling.costs import profile, profile_or_sizes
 from gossamer.profiling.latency import Benchmark, Timing, benchmark, time_interleaved
 from gossamer.profiling.memory import peak_activation_bytes
 from gossamer.profiling.runtime import disk_bytes, run_onnx, session
@@ -16,6 +16,7 @@ __all__ = [
     "evaluate",
     "peak_activation_bytes",
     "profile",
+    "profile_or_sizes",
     "run_onnx",
     "session",
     "sqnr_db",

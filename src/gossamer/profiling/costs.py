@@ -44,3 +44,22 @@ def profile(model: nn.Module | Result, example_inputs: ExampleInputs = None) -> 
     from gossamer.trace import costs
 
     return costs(network, example_inputs)
+
+
+def profile_or_sizes(model: nn.Module, example_inputs: ExampleInputs = None) -> Profile:
+    """`profile`, or parameters and bytes alone where there are no example inputs: MACs and activations are then 0, and print as not measured.
+
+    Example:
+        >>> sizes = profile_or_sizes(nn.Linear(4, 2))
+        >>> sizes.params, sizes.weight_bytes, sizes.measured
+        (10, 40, False)
+    """
+    if example_inputs is not None:
+        return profile(model, example_inputs)
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return Profile(
+        params=sum(p.numel() for p in model.parameters()),
+        macs=0,
+        weight_bytes=sum(t.numel() * t.element_size() for t in tensors.values()),
+        peak_activation_bytes=0,
+    )
