@@ -2,5 +2,6 @@
 
 from gossamer.sharing.cluster import cluster
 from gossamer.sharing.kmeans import kmeans_1d
+from gossamer.sharing.training import fine_tune, share_parameters, unshare
 
-__all__ = ["cluster", "kmeans_1d"]
+__all__ = ["cluster", "fine_tune", "kmeans_1d", "share_parameters", "unshare"]
