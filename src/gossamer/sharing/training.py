@@ -89,6 +89,8 @@ def share_parameters(model: nn.Module, edits: Iterable[Share]) -> tuple[str, ...
                 module._parameters[attribute] = nn.Parameter(weight.detach().clone())  # torch would turn the tied one into its codebook
                 parametrize.register_parametrization(module, attribute, Codebook(name, codes, edit, order), unsafe=True)
                 _originals(module, attribute).original = values
+                if isinstance(module, nn.RNNBase):
+                    _read_weights_when_used(module)
     return tuple(fixed)
 
 
@@ -116,21 +118,20 @@ def unshare(model: nn.Module) -> list[Share]:
     for module, attribute, codebook in found:
         if codebook.tensor in plain:
             continue
-        values = _originals(module, attribute).original
-        assert isinstance(values, nn.Parameter)
+        values = _values(module, attribute)
         plain[codebook.tensor] = nn.Parameter(getattr(module, attribute).detach().clone(), requires_grad=values.requires_grad)
         tensors = (*edits[id(values)].tensors, codebook.tensor) if id(values) in edits else (codebook.tensor,)
         codebooks = tuple(tuple(v.double().sort().values.tolist()) for v in values.detach().split(codebook.sizes))
         edits[id(values)] = Share(tensors=tensors, bits=codebook.bits, codebooks=codebooks, zeros=codebook.zeros)
     for module, attribute, codebook in found:
-        originals = _originals(module, attribute)
-        originals.original = nn.Parameter(originals.original.detach().clone())  # torch makes a weight of it; others still need theirs
+        own = nn.Parameter(_values(module, attribute).detach().clone())  # torch makes a weight of it; others still need theirs
+        _originals(module, attribute).original = own
         parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
         module._parameters[attribute] = plain[codebook.tensor]
         if all(n in module._parameters for n in codebook.order):
             module._parameters = {n: module._parameters[n] for n in (*codebook.order, *module._parameters)}
             if isinstance(module, nn.RNNBase):
-                module._init_flat_weights()  # type: ignore[operator]
+                module._init_flat_weights()
     return list(edits.values())
 
 
@@ -201,6 +202,15 @@ def _can_be_parametrised(module: nn.Module) -> bool:
     return not isinstance(module, (parametrize.ParametrizationList, torch.jit.ScriptModule))
 
 
+def _read_weights_when_used(module: nn.RNNBase) -> None:
+    """Let a recurrent module look its weights up each time: the list of them that it keeps would be stale, and cannot be copied."""
+    kind = type(module)  # of this module alone: torch made it for the parametrization, and takes it away again
+    module.__dict__.pop("_flat_weights", None)
+    kind._flat_weights = property(  # type: ignore[assignment]
+        lambda self: [getattr(self, name, None) for name in self._flat_weights_names], lambda self, value: None
+    )
+
+
 def _codes(weight: Tensor, edit: Share) -> Tensor:
     """Position of the nearest value of each entry among all values of the edit's codebooks; the position after them is zero's."""
     if weight.shape[0] % len(edit.codebooks):
@@ -216,6 +226,10 @@ def _codes(weight: Tensor, edit: Share) -> Tensor:
 
 def _originals(module: nn.Module, attribute: str) -> nn.Module:
     return module.get_submodule(f"parametrizations.{attribute}")
+
+
+def _values(module: nn.Module, attribute: str) -> nn.Parameter:
+    return _originals(module, attribute).get_parameter("original")
 
 
 def _codebooks(module: nn.Module) -> Iterator[tuple[str, Codebook]]:
