@@ -17,7 +17,9 @@ def test_every_public_name_exists_and_is_documented(name):
 
 
 def test_the_api_of_the_contract():
-    assert {"profile", "channels", "prune", "quantize", "fit", "distill", "export", "benchmark", "compress", "load"} <= set(gs.__all__)
+    assert {"profile", "channels", "prune", "quantize", "fit", "distill", "export", "benchmark", "compress", "load", "cluster"} <= set(
+        gs.__all__
+    )
     with pytest.raises(AttributeError, match="no attribute 'prunes'"):
         _ = gs.prunes
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gossamer.recipe import Budget, Cluster, Distill, Fit, Prune, Quantize, Recipe, Sparsify
     from gossamer.result import Profile, Proof, Result
     from gossamer.run_folder import load
+    from gossamer.sharing import cluster
     from gossamer.sources import load_data, load_model
     from gossamer.sparsity import sparsify
     from gossamer.trace import channels
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _HOME = {
     "benchmark": "gossamer.profiling",
     "channels": "gossamer.trace",
+    "cluster": "gossamer.sharing",
     "compress": "gossamer.flow",
     "distill": "gossamer.distillation",
     "export": "gossamer.exporting",
@@ -69,6 +71,7 @@ __all__ = [
     "__version__",
     "benchmark",
     "channels",
+    "cluster",
     "compress",
     "distill",
     "export",

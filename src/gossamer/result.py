@@ -57,6 +57,11 @@ class Profile:
     peak_activation_bytes: int
     layers: tuple[LayerCost, ...] = ()
 
+    @property
+    def measured(self) -> bool:
+        """Whether a forward pass was watched; without one only parameters and bytes are known."""
+        return bool(self.macs or self.peak_activation_bytes)
+
     def __str__(self) -> str:
         from gossamer.report.text import profile_table
 

@@ -88,7 +88,14 @@ def test_a_long_profile_lists_its_costliest_layers_in_order():
 
 
 def test_a_profile_without_layers():
-    assert profile_table(Profile(0, 0, 0, 0)) == "0 parameters, 0 MACs, 0 B of weights, 0 B of activations at the peak"
+    assert profile_table(Profile(0, 0, 0, 4)) == "0 parameters, 0 MACs, 0 B of weights, 4 B of activations at the peak"
+
+
+def test_what_was_never_run_says_so():
+    sizes = Profile(10, 0, 40, 0)
+    assert profile_table(sizes) == "10 parameters, 40 B of weights, MACs and activations not measured"
+    text = result_table(Result(nn.Linear(4, 2), Plan(), sizes, sizes))
+    assert text.count("not measured") == 4 and " 0" not in text.split("plan")[0]
 
 
 def test_value_types_print_as_tables():

@@ -44,8 +44,15 @@ def run_step(
         case Cluster():
             from gossamer.sharing import cluster
 
-            options = {"bits": step.bits, "groups": step.groups, "scope": step.scope, "ignore": step.ignore}
-            return cluster(model, example_inputs=job.example_inputs, progress=tick, **options)
+            return cluster(
+                model,
+                bits=step.bits,
+                groups=step.groups,
+                scope=step.scope,
+                ignore=step.ignore,
+                example_inputs=job.example_inputs,
+                progress=tick,
+            )
         case Fit():
             return _train(step, model, plan, before, job, folder, tick)
         case Quantize():

@@ -22,7 +22,7 @@ def apply_structure(model: nn.Module, edits: Sequence[BaseEdit], *, copied: bool
     if not copied:  # tensors are cut on the way into the copy, so that no whole copy is ever held
         first = next((i for i, e in enumerate(edits) if not isinstance(e, Keep)), len(edits))
         memo = _cut_tensors(model, [e for e in edits[:first] if isinstance(e, Keep)])
-        model = copy.deepcopy(model, memo | _empty_containers(model))
+        model = copy.deepcopy(model, memo | _empty_containers(model) | _computed_tensors(model))
         edits = edits[first:]
     for edit in edits:
         match edit:
@@ -89,6 +89,16 @@ def _empty_containers(model: nn.Module) -> dict[int, Any]:
         for module in model.modules()
         for value in vars(module).values()
         if type(value) in (dict, OrderedDict, set) and not value
+    }
+
+
+def _computed_tensors(model: nn.Module) -> dict[int, torch.Tensor]:
+    """Copies of tensors that modules computed and keep (the older weight norm's weight), as a memo: `copy.deepcopy` refuses them."""
+    return {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, torch.Tensor) and not value.is_leaf
     }
 
 

@@ -46,12 +46,13 @@ def profile(model: nn.Module | Result, example_inputs: ExampleInputs = None) -> 
     return costs(network, example_inputs)
 
 
-def profile_or_sizes(model: nn.Module, example_inputs: ExampleInputs) -> Profile:
-    """A `Profile`; where there are no example inputs, one of parameters and bytes alone: MACs and activations are 0, not measured.
+def profile_or_sizes(model: nn.Module, example_inputs: ExampleInputs = None) -> Profile:
+    """`profile`, or parameters and bytes alone where there are no example inputs: MACs and activations are then 0, and print as not measured.
 
     Example:
-        >>> profile_or_sizes(nn.Linear(3, 2), None)
-        Profile(params=8, macs=0, weight_bytes=32, peak_activation_bytes=0, layers=())
+        >>> sizes = profile_or_sizes(nn.Linear(4, 2))
+        >>> sizes.params, sizes.weight_bytes, sizes.measured
+        (10, 40, False)
     """
     if example_inputs is not None:
         return profile(model, example_inputs)

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 WIDTH = 80
 """Columns that every table fits into."""
 
+UNMEASURED = "not measured"
+"""What stands for MACs and activations of a network that was never run."""
+
 LAYERS = 20
 """Layers that a profile lists: the costliest, in execution order."""
 
@@ -43,15 +46,13 @@ def profile_table(profile: Profile, *, width: int = WIDTH) -> str:
             percent(share),
         ]
         rows.append([*row, "▇" * round(8 * layer.macs / most)])
-    total = ", ".join(
-        [
-            f"{amount(profile.params)} parameters",
-            f"{amount(profile.macs)} MACs",
-            f"{size(profile.weight_bytes)} of weights",
-            f"{size(profile.peak_activation_bytes)} of activations at the peak",
-        ]
-    )
-    parts = [wrap(total, width)]
+    said = [f"{amount(profile.params)} parameters", f"{size(profile.weight_bytes)} of weights"]
+    if profile.measured:
+        said.insert(1, f"{amount(profile.macs)} MACs")
+        said.append(f"{size(profile.peak_activation_bytes)} of activations at the peak")
+    else:
+        said.append(f"MACs and activations {UNMEASURED}")
+    parts = [wrap(", ".join(said), width)]
     if rows:
         parts.append(table(["layer", "op", "output", "params", "MACs", "share", ""], rows, right=(3, 4, 5), width=width))
     rest = len(profile.layers) - len(top)
@@ -64,16 +65,14 @@ def profile_table(profile: Profile, *, width: int = WIDTH) -> str:
 def result_table(result: Result, *, width: int = WIDTH) -> str:
     """A result: before and after, the proof, what was left alone and why."""
     b, a = result.before, result.after
+    macs = [amount(p.macs) if p.measured else UNMEASURED for p in (b, a)]
+    peaks = [size(p.peak_activation_bytes) if p.measured else UNMEASURED for p in (b, a)]
+    both = b.measured and a.measured
     rows = [
         ["parameters", amount(b.params), amount(a.params), change(a.params, b.params)],
-        ["MACs", amount(b.macs), amount(a.macs), change(a.macs, b.macs)],
+        ["MACs", *macs, change(a.macs, b.macs) if both else NONE],
         ["weights", size(b.weight_bytes), size(a.weight_bytes), change(a.weight_bytes, b.weight_bytes)],
-        [
-            "activations at the peak",
-            size(b.peak_activation_bytes),
-            size(a.peak_activation_bytes),
-            change(a.peak_activation_bytes, b.peak_activation_bytes),
-        ],
+        ["activations at the peak", *peaks, change(a.peak_activation_bytes, b.peak_activation_bytes) if both else NONE],
     ]
     parts = [table(["", "before", "after", "change"], rows, right=(1, 2, 3), width=width)]
     edits = ", ".join(f"{n} {kind.replace('_', ' ')}" for kind, n in result.plan.counts().items())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from gossamer.calibration import Batches, reestimate_batch_norm
 from gossamer.errors import NothingToDo, SelectorError, UsageError, near
-from gossamer.plan import Mask, Plan, input_specs, pack_mask
+from gossamer.plan import Mask, Plan, apply_structure, input_specs, pack_mask
 from gossamer.profiling import profile_or_sizes
 from gossamer.projections import l1_project
 from gossamer.result import ExampleInputs, Result, network_of
@@ -88,7 +87,7 @@ def sparsify(
         needed(criterion, calibration)
     if inputs is None and calibration is not None:
         inputs = _first_input(calibration)
-    sparse = copy.deepcopy(network)
+    sparse = apply_structure(network, [])
     weights, notes = chosen_weights(sparse, ignore, wanted)
     masks: dict[str, Tensor]
     if l1 is not None:
