@@ -149,13 +149,13 @@ def photographs(options: argparse.Namespace) -> None:
     for criterion, scope in (
         ("magnitude", "layer"),
         ("magnitude", "global"),
-        ("taylor", "global"),
-        ("fisher", "global"),
-        ("wanda", "row"),
+        ("taylor", "layer"),
+        ("fisher", "layer"),
+        ("snip", "layer"),
         ("wanda", "layer"),
+        ("wanda", "row"),
         ("second_order", "layer"),
-        ("second_order", "row"),
-    ):
+    ):  # gradients of 100 labels say nothing about the classifier's other rows: they are compared within layers
         for reestimated in (False, True):
             started = time.perf_counter()
             made = gs.sparsify(

@@ -1,4 +1,4 @@
-"""What a plan demands of a network that goes on training: its zeros stay zero."""
+"""What a plan demands of a network that goes on training: its zeros stay zero, its shared weights move together."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from gossamer.plan import Mask, Plan
+from gossamer.plan import Mask, Plan, Share
+from gossamer.result import Result
+from gossamer.training.codebooks import replaced, share_parameters, unshare
 
 AfterStep = Callable[[nn.Module], None]
 
@@ -44,6 +46,35 @@ def held_by(plan: Plan, network: nn.Module) -> HeldZeros | None:
     parameters = dict(network.named_parameters())
     masks = {e.tensor: parameters[e.tensor].detach() != 0 for e in plan if isinstance(e, Mask) and e.tensor in parameters}
     return HeldZeros(masks) if masks else None
+
+
+class Constraints:
+    """A result's plan, held while its network is trained.
+
+    Args:
+        result: whose plan holds; None for a plain network, which has no constraints.
+        network: a copy of its network, changed in place: codebooks become its parameters.
+    """
+
+    def __init__(self, result: Result | None, network: nn.Module) -> None:
+        shares = [e for e in result.plan if isinstance(e, Share)] if result is not None else []
+        self._fixed = share_parameters(network, shares)
+        self._trained = len(self._fixed) < len({t for e in shares for t in e.tensors})
+        self.hold = held_by(result.plan, network) if result is not None else None
+
+    def release(self, network: nn.Module) -> list[Share]:
+        """Plain weights again, in place; the codebooks as they were trained."""
+        return unshare(network) if self._trained else []
+
+    def onto(self, result: Result, trained: nn.Module, codebooks: list[Share]) -> Result:
+        """The result with the trained network and codebooks."""
+        notes = result.notes
+        if self._fixed:
+            for name in self._fixed:
+                trained.get_parameter(name).requires_grad_(result.model.get_parameter(name).requires_grad)
+            notes += (f"shared values were not trained, the weights are computed from them: {', '.join(self._fixed)}",)
+        plan = result.plan.model_copy(update={"edits": tuple(replaced(result.plan.edits, codebooks))})
+        return result.with_(model=trained, plan=plan, notes=notes, report=None)
 
 
 def chained(*hooks: AfterStep | None) -> AfterStep | None:

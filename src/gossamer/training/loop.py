@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -13,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.errors import RunFolderError, UsageError
+from gossamer.plan import apply_structure
 from gossamer.result import ExampleInputs, Result
 from gossamer.training import checkpoint as checkpoints
 from gossamer.training.averaging import Best, make_average
 from gossamer.training.checkpoint import Parts, Progress
-from gossamer.training.constraints import chained, held_by
+from gossamer.training.constraints import Constraints, chained
 from gossamer.training.epoch import Epoch
 from gossamer.training.feeding import count_batches, own_randomness, seed_epoch
 from gossamer.training.interruption import TrainingStopped, stop_on_sigterm
@@ -87,7 +87,8 @@ def fit(
         (True, 40)
 
     Args:
-        model: stays as it is. Parameters that require no gradient are not trained. The zeros of a `Result` whose plan has masks stay zero.
+        model: stays as it is. Parameters that require no gradient are not trained. Of a `Result`, zeros of masks stay zero and weights
+            that share a value move together.
         data: batches that can be read again for each epoch: a DataLoader (with workers, too), a list. A batch is a tensor, a dict of keyword
             inputs, or inputs followed by the target. A DataLoader's own generator is seeded for each epoch, and put back at the end.
         objective: ``(outputs, target) -> loss``, or ``(model, batch) -> loss`` where the first parameter is called ``model``; or
@@ -171,7 +172,8 @@ def fit(
         batches = count_batches(data)
         settings["steps"] = batches
         steps = -(-batches // accumulate)
-        copied = copy.deepcopy(network).to(target_device)
+        copied = apply_structure(network, []).to(target_device)
+        constraints = Constraints(model if isinstance(model, Result) else None, copied)
         run = Stepper(
             model=copied,
             optimizer=None,  # type: ignore[arg-type]
@@ -187,7 +189,7 @@ def fit(
             precision=precision,
             average=make_average(copied, ema) if ema is not None else None,
             scaler=make_scaler(target_device, precision),
-            after_step=chained(held_by(model.plan, copied) if isinstance(model, Result) else None, after_step),
+            after_step=chained(constraints.hold, after_step),
         )
         adapters = _prepare(run, data, seed)
         run.optimizer = make_optimizer(
@@ -262,11 +264,12 @@ def fit(
     if run.channels_last:
         set_layout(trained, False)
     copied.zero_grad(set_to_none=True)
+    codebooks = constraints.release(trained)
     for mine, theirs in zip(trained.modules(), network.modules(), strict=True):
         mine.training = theirs.training
     trained.to(where)
     if isinstance(model, Result):
-        return model.with_(model=trained)
+        return constraints.onto(model, trained, codebooks)
     return FitResult(
         trained,
         tuple(state.history),
