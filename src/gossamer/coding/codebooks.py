@@ -82,7 +82,12 @@ def _by_blocks(codes: NDArray[np.int64], row: NDArray[np.int64], rows: int, book
     block = row // (rows // best)
     books = np.zeros((best, int(per_block.max())), book.dtype)
     books[used // entries, np.arange(used.size) - first[used // entries]] = book[used % entries]
-    return Codes(np.searchsorted(used, block * entries + codes) - first[block], books, used.size)
+    cell = block * entries + codes
+    if best * entries <= CELLS:
+        place = np.zeros(best * entries, np.int32)
+        place[used] = np.arange(used.size)
+        return Codes(place[cell] - first[block], books, used.size)
+    return Codes(np.searchsorted(used, cell) - first[block], books, used.size)
 
 
 def gather(book: Patterns, codes: NDArray[np.integer], where: NDArray[np.int64] | None, size: int) -> Patterns:
