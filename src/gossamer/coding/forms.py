@@ -108,7 +108,10 @@ class Reader:
         self.numbers, self.blob, self.offset = numbers, blob, 0
 
     def number(self) -> int:
-        return next(self.numbers)
+        number = next(self.numbers, None)
+        if number is None:
+            raise WeightsError("its index ends too early")
+        return number
 
     def stream(self, size: int) -> Bytes:
         """The next stream, ``size`` bytes long when decoded."""
