@@ -41,7 +41,7 @@ def _state() -> dict[str, torch.Tensor]:
 
 
 def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    bits = [{k: (v.dtype, v.shape, v.contiguous().reshape(-1).view(torch.uint8).tolist()) for k, v in s.items()} for s in (a, b)]
+    bits = [{k: (v.dtype, v.shape, v.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()) for k, v in s.items()} for s in (a, b)]
     return bits[0] == bits[1]
 
 
