@@ -104,8 +104,8 @@ def test_zeros_are_counted_over_weights_of_both_signs():
     assert storage({}).sparsity == 0.0
 
 
-def test_two_million_weights_take_a_second():
+def test_two_million_weights_take_no_more_than_seconds():
     w = torch.from_numpy(_sparse_shared(0.9, 4, shape=(2000, 1000)))
     began = time.process_time()
     encode({"w": w})
-    assert time.process_time() - began < 5  # measured: 0.1 s; a Python loop over elements would take longer
+    assert time.process_time() - began < 5
