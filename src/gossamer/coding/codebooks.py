@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ MOST = 1 << 16
 """Codebooks have at most this many entries."""
 SAMPLE = 1 << 16
 CELLS = 1 << 24
-"""Blocks of rows are looked for where rows times values stay within this."""
+"""Which rows use which values is a table up to this size, and a sort above it."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class Codes:
         return next(b for b in (1, 2, 4, 8, 16) if self.book.shape[1] <= 1 << b)
 
 
-def look_up(values: Patterns, *, rows: int = 1, where: NDArray[np.int64] | None = None, size: int | None = None) -> Codes | None:
-    """Codes and codebook of an array of patterns; None where too many are distinct for a codebook to pay.
+def look_up(values: Patterns, *, rows: int = 1, where: NDArray[np.int64] | None = None, size: int | None = None) -> list[Codes]:
+    """Codes and codebooks of an array of patterns: none where too many are distinct, one, or one more with a codebook for each block of rows.
 
     Args:
         values: ``(n,)``.
@@ -41,34 +42,52 @@ def look_up(values: Patterns, *, rows: int = 1, where: NDArray[np.int64] | None 
         where: ``(n,)``, the position of each value in the tensor; None where all are here.
     """
     if not values.size:
-        return None
-    sample = values[:: max(1, values.size // SAMPLE)]
-    if np.unique(sample).size > sample.size // 2 and sample.size > 64:
-        return None
-    book = np.unique(values)
-    if book.size > MOST or book.size > max(16, values.size // 2):
-        return None
+        return []
+    sample = _distinct(values[:: max(1, values.size // SAMPLE)])
+    if sample.size > max(64, 0.7 * min(values.size, SAMPLE)):
+        return []
+    book = _distinct(values)
+    if book.size > min(MOST, max(16, values.size // 2)) or (values.itemsize == 1 and book.size > 16):
+        return []
     codes = np.searchsorted(book, values)
     whole = Codes(codes, book[None, :], book.size)
-    if rows < 2 or book.size <= 16 or rows * book.size > CELLS:
-        return whole
+    if rows < 2 or book.size <= 16:
+        return [whole]
     row = (np.arange(values.size) if where is None else where) // ((size or values.size) // rows)
-    present = np.zeros((rows, book.size), bool)
-    present[row, codes] = True
-    best, least = 1, _estimate(book.size, book.size, values)
+    blocked = _by_blocks(codes, row, rows, book)
+    return [whole, blocked] if blocked else [whole]
+
+
+def _by_blocks(codes: NDArray[np.int64], row: NDArray[np.int64], rows: int, book: Patterns) -> Codes | None:
+    """Codes into a codebook for each equal block of rows, if blocks of some size look smaller than one codebook for all."""
+    entries = book.size
+    if rows * entries <= CELLS:
+        present = np.zeros(rows * entries, bool)
+        present[row * entries + codes] = True
+        cells = np.flatnonzero(present)
+    else:
+        cells = _distinct(row * entries + codes)
+    best, least = 1, entries * book.itemsize + codes.size * np.log2(entries) / 8
     for blocks in (b for b in range(2, rows + 1) if rows % b == 0):
-        counts = present.reshape(blocks, rows // blocks, -1).any(1).sum(1)
-        bytes_ = _estimate(int(counts.sum()), int(counts.max()), values)
-        if bytes_ < least:
-            best, least = blocks, bytes_
+        used = _distinct(cells // entries // (rows // blocks) * entries + cells % entries)
+        most = np.bincount(used // entries).max()
+        size = used.size * book.itemsize + codes.size * np.log2(max(most, 2)) / 8
+        if size < least:
+            best, least = blocks, size
     if best == 1:
-        return whole
-    used = np.asarray(present.reshape(best, rows // best, -1).any(1))
-    rank = np.cumsum(used, axis=1) - 1
-    books = np.zeros((best, int(used.sum(1).max())), book.dtype)
-    block, entry = np.nonzero(used)
-    books[block, rank[block, entry]] = book[entry]
-    return Codes(rank[row // (rows // best), codes], books, block.size)
+        return None
+    used = _distinct(cells // entries // (rows // best) * entries + cells % entries)
+    per_block = np.bincount(used // entries, minlength=best)
+    first = np.cumsum(per_block) - per_block
+    block = row // (rows // best)
+    books = np.zeros((best, int(per_block.max())), book.dtype)
+    books[used // entries, np.arange(used.size) - first[used // entries]] = book[used % entries]
+    cell = block * entries + codes
+    if best * entries <= CELLS:
+        place = np.zeros(best * entries, np.int32)
+        place[used] = np.arange(used.size)
+        return Codes(place[cell] - first[block], books, used.size)
+    return Codes(np.searchsorted(used, cell) - first[block], books, used.size)
 
 
 def gather(book: Patterns, codes: NDArray[np.integer], where: NDArray[np.int64] | None, size: int) -> Patterns:
@@ -121,5 +140,7 @@ def unpack(streams: list[Bytes], bits: int, count: int) -> NDArray[np.integer]:
     return lanes.reshape(-1)[:count]
 
 
-def _estimate(entries: int, largest: int, values: Patterns) -> float:
-    return entries * values.itemsize + values.size * np.log2(max(largest, 2)) / 8
+def _distinct(values: NDArray[Any]) -> NDArray[Any]:
+    """Sorted distinct values: by a sort, which on values that are nearly all distinct is much faster than the hashing of `numpy.unique`."""
+    ordered = np.sort(values)
+    return ordered[np.concatenate([[True], ordered[1:] != ordered[:-1]])]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,7 @@ SMALL = 4096
 """Tensors with fewer elements share a stream with others of their dtype, unless a form of their own is clearly smaller."""
 ALONE = -1
 NAMES = (
-    "bool uint8 int8 uint16 int16 uint32 int32 uint64 int64 float16 bfloat16 float32 float64 complex32 complex64 complex128 "
+    "bool uint8 int8 uint16 int16 uint32 int32 uint64 int64 float16 bfloat16 float32 float64 complex64 complex128 "
     "float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu"
 ).split()
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in NAMES if hasattr(torch, name)}
@@ -89,13 +91,13 @@ def decode(coded: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     if "coded" not in coded or "index" not in coded:
         raise WeightsError("these are not coded weights: 'coded' or 'index' is missing")
-    try:
-        return _decode(_bytes(coded["coded"], "coded"), _bytes(coded["index"], "index"))
-    except WeightsError as e:
-        raise e if "version" in str(e) else WeightsError(f"coded weights are damaged: {e}") from None
-    except (zstandard.ZstdError, ValueError, LookupError, TypeError, RuntimeError, OverflowError, MemoryError, StopIteration) as e:
-        reason = " ".join(str(e).split())[:120]
-        raise WeightsError(f"coded weights are damaged{': ' if reason else ''}{reason}") from None
+    with _one_line_errors():
+        index = json.loads(zstandard.ZstdDecompressor().decompress(_bytes(coded["index"], "index")))
+        version = index["version"]
+    if version != VERSION:
+        raise WeightsError(f"format version {version} of coded weights: this gossamer reads version {VERSION}, install a newer one")
+    with _one_line_errors():
+        return _decode(_bytes(coded["coded"], "coded"), index)
 
 
 def code(state: Mapping[str, Tensor]) -> Coded:
@@ -155,15 +157,20 @@ def patterns(tensor: Tensor, name: str = "") -> Patterns:
     return flat.view(torch.uint8).numpy().view(_pattern_dtype(tensor.dtype))
 
 
-def _decode(blob: memoryview, packed: memoryview) -> dict[str, Tensor]:
-    index = json.loads(zstandard.ZstdDecompressor().decompress(packed))
-    if index["version"] != VERSION:
-        raise WeightsError(
-            f"coded weights of format version {index['version']}: this gossamer reads version {VERSION}, install a newer one"
-        )
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Whatever damaged bytes make go wrong, as a WeightsError."""
+    try:
+        yield
+    except (zstandard.ZstdError, ValueError, LookupError, TypeError, RuntimeError, OverflowError, MemoryError) as e:
+        reason = " ".join(str(e).split())[:120]
+        raise WeightsError(f"coded weights are damaged{': ' if reason else ''}{reason}") from None
+
+
+def _decode(blob: memoryview, index: dict[str, Any]) -> dict[str, Tensor]:
     dtypes = [DTYPES[index["dtypes"][i]] for i in index["dtype"]]
     sizes, crc = iter(index["sizes"]), 0
-    shapes = [tuple(next(sizes) for _ in range(n)) for n in index["dims"]]
+    shapes = [tuple(islice(sizes, n)) for n in index["dims"]]
     reader, arrays = Reader(iter(index["numbers"]), blob), dict[int, Patterns]()
     members: dict[int, list[int]] = {}
     for i, group in enumerate(index["group"]):

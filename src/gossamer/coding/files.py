@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -83,6 +84,7 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: str | Path, metadata:
         save_file(dict(tensors), temporary, metadata)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as e:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise RunFolderError(f"cannot write {path}: {e}") from None
     return path

@@ -80,7 +80,6 @@ def choose(array: Patterns, *, rows: int = 1, signed_zero: bool = False) -> Form
         rows: length of dimension 0 of the tensor it is from; codebooks may belong to equal blocks of rows.
         signed_zero: the patterns are floats, so that the highest bit alone is a zero too.
     """
-    dense = Form(NOWHERE) + _values(array, rows=rows)
     default = _default(array)
     off = array != default
     minus = np.zeros(0, bool)
@@ -88,7 +87,8 @@ def choose(array: Patterns, *, rows: int = 1, signed_zero: bool = False) -> Form
         minus = array == array.dtype.type(_minus_zero(array.dtype))
         off &= ~minus
     where = np.flatnonzero(off)
-    if where.size > 0.98 * array.size:
+    dense = Form(NOWHERE) + _values(array, rows=rows) if where.size > 0.5 * array.size or not array.size else None
+    if dense is not None and where.size > 0.98 * array.size:
         return dense
     positions = _positions(off, where)
     positions.numbers = [default, where.size, *positions.numbers]
@@ -98,7 +98,7 @@ def choose(array: Patterns, *, rows: int = 1, signed_zero: bool = False) -> Form
         positions.streams.append(np.packbits(signs))
         positions.symbols.append(signs.view(np.uint8))
     sparse = positions + _values(array[where], rows=rows, where=where, size=array.size)
-    return min(dense, sparse, key=lambda form: form.size)
+    return sparse if dense is None else min(dense, sparse, key=lambda form: form.size)
 
 
 class Reader:
@@ -108,7 +108,10 @@ class Reader:
         self.numbers, self.blob, self.offset = numbers, blob, 0
 
     def number(self) -> int:
-        return next(self.numbers)
+        number = next(self.numbers, None)
+        if number is None:
+            raise WeightsError("its index ends too early")
+        return number
 
     def stream(self, size: int) -> Bytes:
         """The next stream, ``size`` bytes long when decoded."""
@@ -199,8 +202,7 @@ def _values(values: Patterns, *, rows: int, where: NDArray[np.int64] | None = No
     forms = [Form(PLANES, streams=list(planes), symbols=list(planes))]
     if values.nbytes <= JOIN and values.itemsize > 1:
         forms.append(Form(JOINED, streams=[planes.reshape(-1)], symbols=list(planes)))
-    found = look_up(values, rows=rows, where=where, size=size)
-    if found is not None and (values.itemsize > 1 or found.bits < 8):
+    for found in look_up(values, rows=rows, where=where, size=size):
         for bits in sorted({found.bits, max(found.bits, 8)}):
             numbers = [*found.book.shape, bits]
             streams = [_planes(found.book.reshape(-1)).reshape(-1), *pack(found.codes, bits)]

@@ -25,8 +25,11 @@ HUFFMAN = {
     "target_length": 0,
 }
 """A match finder that forgets at once: what is left is Huffman coding, which is all that streams of independent symbols gain from."""
-SMALL, LARGE = 1 << 14, 1 << 22
+SMALL, LARGE = 1 << 14, 1 << 20
 """Streams up to SMALL bytes are always searched at the highest level, longer ones than LARGE at a lower one."""
+
+BLOCK = 1 << 17
+"""The most bytes that a block of a zstandard frame decodes to; it takes 4 bytes or more."""
 
 
 def squeeze(raw: Bytes) -> bytes:
@@ -47,6 +50,8 @@ def cost(raw: Bytes) -> int:
 
 def expand(coded: bytes | memoryview, size: int) -> Bytes:
     """Undo `squeeze`; ``size`` is the length of the stream before it."""
+    if not 0 <= size <= (len(coded) // 4 + 1) * BLOCK:
+        raise WeightsError(f"{len(coded)} bytes cannot hold a stream of {size}")
     if len(coded) == size:
         return np.frombuffer(coded, np.uint8)
     data = zstandard.ZstdDecompressor(format=zstandard.FORMAT_ZSTD1_MAGICLESS).decompress(coded, max_output_size=size)

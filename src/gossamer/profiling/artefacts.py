@@ -119,5 +119,5 @@ def check_runtime(runtime: str) -> None:
 
 
 def weight_file_bytes(model: nn.Module, workplace: Path) -> int:
-    """Bytes on disk of a network's weights as safetensors, which is how a run folder keeps them."""
+    """Bytes on disk of a network's weights as plain safetensors; a run folder keeps sparse and shared ones coded, in less."""
     return save_weights(model, workplace / "weights.safetensors").stat().st_size

@@ -31,8 +31,8 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         {'bias': tensor([1., 1.])}
 
     Args:
-        path: a safetensors file, plain or coded (see `gossamer.coding`), or one that ``torch.load(weights_only=True)`` reads. A state dict under ``"state_dict"``,
-            ``"model_state_dict"`` or ``"model"`` is unwrapped, and ``"module."`` is taken off where every name has it.
+        path: a safetensors file, plain or coded (see `gossamer.coding`), or one that ``torch.load(weights_only=True)`` reads. A state
+            dict under ``"state_dict"``, ``"model_state_dict"`` or ``"model"`` is unwrapped, and ``"module."`` is taken off where every name has it.
 
     Returns:
         Name -> tensor, on the CPU.
