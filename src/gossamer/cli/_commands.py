@@ -197,15 +197,25 @@ def bench(
     threads: Threads = 1,
     shape: Annotated[str | None, typer.Option("--input", help="Input shape, for example 1,3,224,224.")] = None,
     seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Time to spend on each artefact.")] = 2.0,
+    sparse: Annotated[
+        bool, typer.Option("--sparse-kernels", help="Also: from how many zeros on torch's sparse kernel wins in the linear layers.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Time models, runs and files side by side: interleaved, with median, p10, p90, and bytes on disk."""
     from gossamer.cli._console import show
-    from gossamer.cli._models import bench_artefacts
+    from gossamer.cli._models import bench_artefacts, sparse_of
     from gossamer.profiling import benchmark
 
     opened, inputs, names = bench_artefacts(artefacts, shape=shape)
-    show(benchmark(*opened, example_inputs=inputs, runtime=runtime, threads=threads, seconds=seconds, names=names), as_json=as_json)
+    kernels = sparse_of(opened[0], threads=threads) if sparse else None
+    timed = benchmark(*opened, example_inputs=inputs, runtime=runtime, threads=threads, seconds=seconds, names=names)
+    if kernels is None:
+        show(timed, as_json=as_json)
+    elif as_json:
+        show({"benchmark": timed, "sparse_kernels": kernels}, as_json=True)
+    else:
+        print(f"{timed}\n\n{kernels}")
 
 
 @app.command()

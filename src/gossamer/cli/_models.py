@@ -81,3 +81,12 @@ def bench_artefacts(texts: list[str], *, shape: str | None) -> tuple[list[Any], 
     if wanted is not None:
         inputs = (torch.randn(wanted, generator=torch.Generator().manual_seed(0)),)
     return opened, inputs, texts
+
+
+def sparse_of(artefact: Any, *, threads: int) -> Any:
+    """Sparse kernels timed on the linear layers of what is benchmarked; a file of ONNX operations has none."""
+    from gossamer.profiling import sparse_kernels
+
+    if isinstance(artefact, Path) and artefact.suffix == ".onnx":
+        raise SourceError(f"--sparse-kernels needs a network, and {artefact} is a file: name a model or a run folder first")
+    return sparse_kernels(open_model(str(artefact))[0] if isinstance(artefact, Path) else artefact, threads=threads)

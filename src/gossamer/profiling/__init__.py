@@ -5,11 +5,14 @@ from gossamer.profiling.costs import profile, profile_or_sizes
 from gossamer.profiling.latency import Benchmark, Timing, benchmark, time_interleaved
 from gossamer.profiling.memory import peak_activation_bytes
 from gossamer.profiling.runtime import disk_bytes, run_onnx, session
+from gossamer.profiling.sparse_kernels import SparseKernels, SparseTiming, sparse_kernels
 
 __all__ = [
     "Accuracy",
     "Benchmark",
     "Evaluation",
+    "SparseKernels",
+    "SparseTiming",
     "Timing",
     "benchmark",
     "disk_bytes",
@@ -19,6 +22,7 @@ __all__ = [
     "profile_or_sizes",
     "run_onnx",
     "session",
+    "sparse_kernels",
     "sqnr_db",
     "time_interleaved",
     "wilson",

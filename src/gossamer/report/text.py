@@ -16,7 +16,7 @@ from gossamer.report.schema import Measured, Report, Storage
 from gossamer.report.warnings import target_value
 
 if TYPE_CHECKING:
-    from gossamer.profiling import Benchmark, Evaluation
+    from gossamer.profiling import Benchmark, Evaluation, SparseKernels
     from gossamer.result import Profile, Result
     from gossamer.trace.channels import ChannelGroup, ChannelMap
 
@@ -128,6 +128,19 @@ def evaluation_line(evaluation: Evaluation, *, width: int = WIDTH) -> str:
     if evaluation.sqnr_db is not None:
         parts.append(f"signal to noise {figures.decibels(evaluation.sqnr_db)}")
     return wrap(", ".join(parts or [f"{evaluation.n} items"]) + f"; {evaluation.runtime}, {_threads(evaluation.threads)}", width)
+
+
+def sparse_kernels_table(timed: SparseKernels, *, width: int = WIDTH) -> str:
+    """Sparse linear layers against dense ones: from which sparsity on they are faster, and by how much at each."""
+    parts = []
+    for outputs, inputs, batch in dict.fromkeys((r.outputs, r.inputs, r.batch) for r in timed.rows):
+        mine = [r for r in timed.rows if (r.outputs, r.inputs, r.batch) == (outputs, inputs, batch)]
+        at = timed.break_even(outputs, inputs, batch)
+        said = f"faster from {percent(at, places=0)} zeros on" if at is not None else "never faster, of what was measured"
+        parts.append(wrap(f"linear {inputs} -> {outputs}, batch {batch}: CSR is {said} ({_threads(timed.threads)}, torch)", width))
+        rows = [[percent(r.sparsity, places=0), f"{r.ratio:.2f} x", f"{r.ratio_p10:.2f} to {r.ratio_p90:.2f}"] for r in mine]
+        parts.append(table(["zeros", "time, dense = 1", "p10 to p90"], rows, right=(0, 1, 2), width=width))
+    return "\n".join(parts)
 
 
 def run_table(report: Report, *, width: int = WIDTH) -> str:

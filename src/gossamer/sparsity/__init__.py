@@ -5,6 +5,7 @@ from gossamer.sparsity.criteria import CRITERIA, scores
 from gossamer.sparsity.hooks import REGROWTH, SCHEDULES, Projection, Sparsifier
 from gossamer.sparsity.reconstruction import reconstruct
 from gossamer.sparsity.selection import SCOPES, Pattern, select
+from gossamer.sparsity.semi_structured import semi_structured
 from gossamer.sparsity.sparsify import sparsify
 from gossamer.sparsity.training import lottery_ticket, train_sparse
 
@@ -24,6 +25,7 @@ __all__ = [
     "reconstruct",
     "scores",
     "select",
+    "semi_structured",
     "sparsify",
     "train_sparse",
 ]
