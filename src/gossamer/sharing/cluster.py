@@ -38,8 +38,8 @@ def cluster(
 ) -> Result:
     """Let the entries of each weight share ``2**bits`` values, the ones with the least squared error, without training.
 
-    In memory the weights stay as wide as they were; with a code of ``bits`` bits for each entry and the codebook, a file can hold them in
-    ``bits / 32`` of the bytes, and files that are compressed shrink as well. `gossamer.sharing.fine_tune` trains the values.
+    In memory the weights stay as wide as they were; a saved result holds a code of at most ``bits`` bits for each entry, and the codebooks.
+    `gossamer.sharing.fine_tune` trains the values.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
