@@ -38,8 +38,8 @@ def cluster(
 ) -> Result:
     """Let the entries of each weight share ``2**bits`` values, the ones with the least squared error, without training.
 
-    In memory the weights stay as wide as they were; with a code of ``bits`` bits for each entry and the codebook, a file can hold them in
-    ``bits / 32`` of the bytes, and files that are compressed shrink as well. `gossamer.sharing.fine_tune` trains the values.
+    In memory the weights stay as wide as they were; a saved result holds a code of at most ``bits`` bits for each entry, and the codebooks.
+    `gossamer.sharing.fine_tune` trains the values.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
@@ -56,7 +56,7 @@ def cluster(
         ignore: patterns (``fnmatch``) of module paths or weight names; those weights stay as they are.
         example_inputs: a tuple of positional inputs, or a dict of keyword inputs, for MACs and activations in the profiles. A `Result` brings
             its own.
-        progress: called with codebooks' weights done and in all.
+        progress: called with codebooks done and in all.
 
     Returns:
         A `Result`; its notes say what was left alone and why.
@@ -168,10 +168,12 @@ def _edits(
         key = (w.dtype, blocks, {"tensor": name, "shape": tuple(w.shape), "network": ""}[scope])
         families.setdefault(key, _Family(blocks, {})).members[name] = w
     edits = []
-    for done, family in enumerate(families.values()):
+    total, done = sum(f.blocks for f in families.values()), 0
+    tell = progress or (lambda done, total: None)
+    for family in families.values():
         members = family.members
-        if progress is not None:
-            progress(done, len(families))
+        tell(done, total)
+        done += family.blocks
         if sum(w.numel() for w in members.values()) < PAYS * 2**bits * family.blocks:
             small += members
             continue
@@ -181,11 +183,13 @@ def _edits(
             few += members
             continue
         dtype = next(iter(members.values())).dtype
-        books = [kmeans_1d(v, size)[0] if len(v) else np.zeros(1) for v in values]
+        books = []
+        for i, v in enumerate(values):
+            tell(done - family.blocks + i, total)
+            books.append(kmeans_1d(v, size)[0] if len(v) else np.zeros(1))
         codebooks = tuple(tuple(torch.from_numpy(b).to(dtype).to(torch.float64).tolist()) for b in books)
         edits.append(Share(tensors=tuple(members), bits=bits, codebooks=codebooks, zeros=zeros))
-    if progress is not None:
-        progress(len(families), len(families))
+    tell(total, total)
     notes = []
     if small:
         notes.append(f"left alone, fewer than {PAYS * 2**bits} entries for each codebook: {_listed(small)}")
@@ -205,7 +209,7 @@ def _bytes(weights: Mapping[str, Tensor], edits: Iterable[Share]) -> str:
         coded += sum(-(-n * edit.bits // 8) for n in entries) + each * sum(map(len, edit.codebooks))
         held += each * sum(entries)
         count += len(entries)
-    return f"{count} shared weights would take {coded:,} bytes as codes with their codebooks; in memory they take {held:,}, as before"
+    return f"shared by {count} weights: {coded:,} bytes as codes with their codebooks, where they take {held:,} in memory, as before"
 
 
 def _listed(names: Sequence[str], most: int = 4) -> str:
