@@ -59,12 +59,12 @@ METHODS: dict[str, dict[str, Any]] = {
 class Fashion:
     """The data, decoded once, and networks trained on it, kept in a folder."""
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
+    def __init__(self, out: Path, samples: int | None = None) -> None:
+        self.out, self.samples = out, samples
         out.mkdir(parents=True, exist_ok=True)
         data = gs.load_data("fashion-mnist")
         assert data.train is not None
-        self._train = tensors(data.train)
+        self._train = tensors(data.train, samples)
         self.val = DataLoader(tensors(data.val), batch_size=500)
 
     def loader(self) -> DataLoader:
@@ -72,7 +72,7 @@ class Fashion:
 
     def trained(self, name: str, seed: int, epochs: int = 8) -> nn.Module:
         torch.manual_seed(seed)
-        network, file = NETWORKS[name](), self.out / f"{name}-{seed}.safetensors"
+        network, file = NETWORKS[name](), self.out / f"{name}-{seed}-{self.samples or 'all'}.safetensors"
         if file.exists():
             return load_weights(network, file)
         network = gs.fit(network, self.loader(), epochs=epochs, lr=1e-2, seed=seed).model
@@ -82,7 +82,7 @@ class Fashion:
 
 def schedules(options: argparse.Namespace) -> None:
     """Accuracy against sparsity; every method trains as long as the others, from the same dense network."""
-    fashion = Fashion(options.out)
+    fashion = Fashion(options.out, options.samples)
     results = options.out / "schedules.json"
     done = json.loads(results.read_text()) if results.exists() else {}
     for seed in range(options.seeds):
@@ -98,7 +98,10 @@ def schedules(options: argparse.Namespace) -> None:
                     done.setdefault(key, {})[str(seed)] = accuracy(made.model, fashion.val)
                     results.write_text(json.dumps(done, indent=1) + "\n")
                     print(f"seed {seed}, {key}: {done[key][str(seed)]:.2%}", flush=True)
-    print(f"\n{processor()}, 1 thread, torch {torch.__version__}; {options.epochs} epochs after 8 dense ones, {options.seeds} seeds\n")
+    print(
+        f"\n{processor()}, 1 thread, torch {torch.__version__}; "
+        f"{options.samples or 60_000} training samples, {options.epochs} epochs after 8 dense ones, {options.seeds} seeds\n"
+    )
     for name in NETWORKS:
         mean = statistics.mean(done[f"{name} dense"].values())
         print(f"{name}, {sum(p.numel() for p in NETWORKS[name]().parameters())} parameters, dense {mean:.2%}\n")
@@ -111,11 +114,11 @@ def schedules(options: argparse.Namespace) -> None:
 
 def deep_compression(options: argparse.Namespace) -> None:
     """Prune, share, code; the file against the float32 one, and the accuracy of what is loaded back."""
-    fashion = Fashion(options.out)
+    fashion = Fashion(options.out, options.samples)
     for name in NETWORKS:
         dense = fashion.trained(name, 0)
-        plain = save_weights(dense, options.out / f"{name}-0.safetensors").stat().st_size
-        for sparsity, bits in ((0.8, 5), (0.9, 4), (0.95, 3)):
+        plain = save_weights(dense, options.out / f"{name}-dense.safetensors").stat().st_size
+        for sparsity, bits in ((0.9, 4), (0.95, 4)):
             how = {"epochs": options.epochs, "lr": 5e-3}
             sparse = train_sparse(dense, fashion.loader(), sparsity=sparsity, example_inputs=(torch.zeros(1, 1, 28, 28),), **how)
             shared = gs.fit(gs.cluster(sparse, bits=bits), fashion.loader(), epochs=2, lr=1e-3)
@@ -206,6 +209,7 @@ def main() -> None:
     parser.add_argument("part", choices=["schedules", "deep-compression", "photographs", "projections"])
     parser.add_argument("--out", type=Path, default=Path("runs/sparsity"))
     parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--samples", type=int, help="training samples; default: all 60,000")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--limit", type=int, default=400, help="photographs")
     parser.add_argument("--sparsity", type=float, default=0.5, help="of the photographs' part")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gossamer.sources.batches import split
+from gossamer.sources.batches import Batch, split
 
 
 def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any], example_inputs: Any) -> int:
@@ -26,26 +27,42 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any], example_inpu
     Returns:
         Number of batch-norm layers that were re-estimated.
     """
+    seen = 0
+    with measuring_batch_norms(model) as layers, torch.no_grad():
+        if layers:
+            for raw in batches:
+                batch = raw if isinstance(raw, Batch) else split(raw, example_inputs)
+                model(*batch.args, **batch.kwargs)
+                seen += 1
+    return layers if seen else 0
+
+
+@contextmanager
+def measuring_batch_norms(model: nn.Module) -> Iterator[int]:
+    """Within it, batch norms use the statistics of each batch and average them from scratch; everything else is in eval mode.
+
+    Args:
+        model: modes are restored at the end, and statistics too where no batch came.
+
+    Yields:
+        Number of batch-norm layers whose statistics are measured.
+    """
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and m.running_mean is not None]
-    if not layers:
-        return 0
     modes = {m: m.training for m in model.modules()}
     momenta = [m.momentum for m in layers]
+    kept = [{n: b.clone() for n, b in m.named_buffers()} for m in layers]
     model.eval()
-    seen = 0
     try:
         for m in layers:
             m.reset_running_stats()
             m.momentum = None
             m.train()
-        with torch.no_grad():
-            for raw in batches:
-                batch = split(raw, example_inputs)
-                model(*batch.args, **batch.kwargs)
-                seen += 1
+        yield len(layers)
     finally:
-        for m, momentum in zip(layers, momenta, strict=True):
+        for m, momentum, before in zip(layers, momenta, kept, strict=True):
             m.momentum = momentum
+            if m.num_batches_tracked is not None and not int(m.num_batches_tracked):  # it was never reached
+                for name, buffer in before.items():
+                    m.get_buffer(name).copy_(buffer)
         for module, training in modes.items():
             module.training = training
-    return len(layers) if seen else 0

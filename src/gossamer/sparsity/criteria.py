@@ -118,7 +118,7 @@ def _gradients(
             return {n: (weights[n].detach() * s / count).abs() for n, s in sums.items()}
 
 
-def owners(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> dict[str, nn.Linear | _ConvNd]:
+def owners(model: nn.Module, weights: Iterable[str]) -> dict[str, nn.Linear | _ConvNd]:
     """The linear layer or (not transposed) convolution that each weight belongs to, where it is one."""
     out: dict[str, nn.Linear | _ConvNd] = {}
     for name in weights:

@@ -1,10 +1,11 @@
 """Second-order pruning: weights go where the layer's output changes least, and those that stay make up for it.
 
-For one layer with inputs x and H = E[x x^T], the error of its output is tr((W - W0) H (W - W0)^T). On a given mask the best weights are a least
-squares problem for each output, solved for all of them together by preconditioned conjugate gradients. Masks come from two proposals, and the
-one with the lower error is taken: the weights that cost least to set to zero alone, in several rounds with the others refitted in between; and
-optimal brain surgeon's saliency w^2 / [H^-1]_jj, which counts on the others' refit, at once. Convolutions are linear in their patches; each
-group is a layer of its own.
+For one layer with inputs x and H = Cov(x), the error of its output is tr((W - W0) H (W - W0)^T), up to the mean, which its bias or the batch norm
+after it makes up for. On a given mask the best weights are a least squares problem for each output, solved for all of them together by
+preconditioned conjugate gradients. Masks come from two proposals, and the one with the lower error is taken: the weights that cost least to set to
+zero alone, in several rounds with the others refitted in between; and optimal brain surgeon's saliency w^2 / [H^-1]_jj, which counts on the others'
+refit, at once. Convolutions are linear in their patches; each group is a layer of its own. Inputs are the dense network's: fitting each layer to
+what the sparse layers before it give was measured to be worse, since a hundred pictures do not tell their errors from noise.
 
 Sources: Hassibi and Stork, "Second order derivatives for network pruning: optimal brain surgeon", NeurIPS 1992; Frantar and Alistarh, "Optimal
 brain compression", NeurIPS 2022, and "SparseGPT", ICML 2023; conjugate gradients on a fixed mask: Meng et al., "ALPS", NeurIPS 2024.
@@ -12,7 +13,8 @@ brain compression", NeurIPS 2022, and "SparseGPT", ICML 2023; conjugate gradient
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,66 +25,77 @@ from torch.nn.modules.conv import _ConvNd
 from gossamer.errors import UsageError
 from gossamer.profiling.runtime import evaluating
 from gossamer.sources.batches import Batch
+from gossamer.sparsity.criteria import owners
 from gossamer.sparsity.selection import Pattern, nm_mask, select
 
 ROUNDS = 6
 """In which weights go when the others are refitted in between."""
 ITERATIONS = 8
 """Of conjugate gradients after each round; three times as many at the end."""
-DAMPING = 0.01
-"""Added to the diagonal of H, as a fraction of its mean."""
+DAMPING = (0.1, 1.0)
+"""What is added to the diagonal of H, as a fraction of its mean, lies in this range: a quarter of inputs over positions, so that few positions are not
+fitted exactly."""
 POSITIONS = 2048
 """Most positions of a batch that a layer is measured on, drawn with a fixed seed."""
 HELD_BYTES = 2**29
-"""Second moments held at a time; layers beyond them wait for the next sweep, in which the layers before them are sparse already."""
+"""Second moments held at a time; layers beyond them wait for the next sweep over the batches."""
 
 
 def reconstruct(
     model: nn.Module,
-    layers: Mapping[str, nn.Linear | _ConvNd],
+    weights: Sequence[str],
     batches: Iterable[Batch],
     *,
     sparsity: float | None,
     pattern: Pattern | None = None,
     scope: str = "layer",
+    norms: bool = True,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Tensor]:
-    """Make layers sparse in place, one after the other in the order they run in.
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Sparse weights of layers, each fitted to what it gave before.
 
     Args:
-        model: changed in place.
-        layers: weight name -> its layer.
-        batches: taken apart, to be swept over several times.
+        model: the dense network; it stays so.
+        weights: names of weights of linear layers and (not transposed) convolutions.
+        batches: taken apart; swept over once, or several times where memory asks for it.
         sparsity: fraction of each layer's weights that go, or None with a pattern.
         pattern: ``N:M`` along the input channels.
         scope: ``"layer"`` or ``"row"``.
+        norms: batch norms will be re-estimated: convolutions without a bias need not keep their outputs' means.
         progress: called with layers done and all.
 
     Returns:
-        The masks of the weights that stay; layers that never ran are left out.
+        The masks of the weights that stay, and new values of weights and biases by name. Layers that never ran are left out.
 
     Raises:
         UsageError: the batches are empty, or a layer's input is not finite.
     """
+    layers = owners(model, weights)
     masks: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
+    done = 0
     for group in _stages(layers):
-        moments = _second_moments(model, {n: layers[n] for n in group}, batches)
+        moments = _moments(model, {n: layers[n] for n in group}, batches)
         for name in group:
             if name in moments:
-                masks[name] = _prune(layers[name].weight, moments.pop(name), sparsity, pattern, scope)
+                layer = layers[name]
+                centre = layer.bias is not None or (norms and isinstance(layer, _ConvNd))
+                masks[name], values[name], shift = _prune(layer.weight.detach(), moments.pop(name), centre, sparsity, pattern, scope)
+                if layer.bias is not None:
+                    values[name.removesuffix("weight") + "bias"] = layer.bias.detach() + shift.to(layer.bias.dtype)
+            done += 1
             if progress is not None:
-                progress(list(layers).index(name) + 1, len(layers))
-    return masks
+                progress(done, len(layers))
+    return masks, values
 
 
 def _stages(layers: Mapping[str, nn.Linear | _ConvNd]) -> list[list[str]]:
-    """Layers in groups whose second moments fit in memory; at least a dozen groups, so that later layers see sparse ones before them."""
+    """Layers in groups whose second moments fit in memory."""
     out: list[list[str]] = [[]]
-    size, most = 0, -(-len(layers) // 12)
+    size = 0
     for name, module in layers.items():
-        groups = getattr(module, "groups", 1)
-        bytes_ = 4 * groups * module.weight[0].numel() ** 2
-        if out[-1] and (size + bytes_ > HELD_BYTES or len(out[-1]) >= most):
+        bytes_ = 4 * getattr(module, "groups", 1) * module.weight[0].numel() ** 2
+        if out[-1] and size + bytes_ > HELD_BYTES:
             out.append([])
             size = 0
         out[-1].append(name)
@@ -90,36 +103,46 @@ def _stages(layers: Mapping[str, nn.Linear | _ConvNd]) -> list[list[str]]:
     return out
 
 
-def _second_moments(model: nn.Module, layers: Mapping[str, nn.Linear | _ConvNd], batches: Iterable[Batch]) -> dict[str, Tensor]:
-    """E[x x^T] for every layer and group: ``(groups, K, K)``, K the inputs of one output."""
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
+@dataclass
+class _Moments:
+    """Streaming first and second moments of a layer's input, for each group."""
+
+    n: int
+    x: Tensor
+    xx: Tensor
+
+
+def _moments(model: nn.Module, layers: Mapping[str, nn.Linear | _ConvNd], batches: Iterable[Batch]) -> dict[str, _Moments]:
+    found: dict[str, _Moments] = {}
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: Any, inputs: tuple[Any, ...]) -> None:
             x_PGK = patches(module, inputs[0].detach())
-            now = torch.einsum("pgk,pgl->gkl", x_PGK, x_PGK) if x_PGK.shape[1] > 1 else (x_PGK[:, 0].T @ x_PGK[:, 0])[None]
-            sums[name] = sums[name].add_(now) if name in sums else now
-            counts[name] = counts.get(name, 0) + len(x_PGK)
+            xx = (x_PGK[:, 0].T @ x_PGK[:, 0])[None] if x_PGK.shape[1] == 1 else x_PGK.permute(1, 2, 0) @ x_PGK.transpose(0, 1)
+            m = found.get(name)
+            if m is None:
+                found[name] = _Moments(len(x_PGK), x_PGK.sum(0), xx)
+            else:
+                m.n, m.x, m.xx = m.n + len(x_PGK), m.x + x_PGK.sum(0), m.xx.add_(xx)
 
         return hook
 
     handles = [module.register_forward_pre_hook(watch(name)) for name, module in layers.items()]
     try:
-        seen = 0
+        count = 0
         with evaluating(model):
             for batch in batches:
                 model(*batch.args, **batch.kwargs)
-                seen += 1
+                count += 1
     finally:
         for h in handles:
             h.remove()
-    if not seen:
+    if not count:
         raise UsageError("criterion='second_order' got no calibration batch: the data is empty")
-    for name, total in sums.items():
-        if not bool(torch.isfinite(total).all()):
+    for name, m in found.items():
+        if not bool(torch.isfinite(m.xx).all()):
             raise UsageError(f"the inputs of {name} are not finite on the calibration data: check the data and the network")
-    return {name: total / counts[name] for name, total in sums.items()}
+    return found
 
 
 def patches(module: nn.Linear | _ConvNd, x: Tensor) -> Tensor:
@@ -161,17 +184,21 @@ def patches(module: nn.Linear | _ConvNd, x: Tensor) -> Tensor:
     return got.movedim(-1, 1).reshape(len(got), module.groups, -1).float()
 
 
-def _prune(weight: Tensor, h_GKK: Tensor, sparsity: float | None, pattern: Pattern | None, scope: str) -> Tensor:
-    """Prune one layer in place; returns its mask."""
+def _prune(
+    w0: Tensor, moments: _Moments, centre: bool, sparsity: float | None, pattern: Pattern | None, scope: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The mask of one layer, its weights, and what its outputs' means lost."""
+    mean_GK, h_GKK = moments.x / moments.n, moments.xx / moments.n
+    if centre:
+        h_GKK = h_GKK - mean_GK[:, :, None] * mean_GK[:, None]
     groups, k, _ = h_GKK.shape
-    w0_GOK = weight.detach().reshape(groups, -1, k).float()
-    h_GKK = h_GKK.float()
-    diagonal_GK = h_GKK.diagonal(dim1=1, dim2=2)
-    damping_GK = torch.where(diagonal_GK > 0, DAMPING * diagonal_GK.mean(1, keepdim=True), 1.0)  # an input that is always 0 costs nothing
-    h_GKK = h_GKK + torch.diag_embed(damping_GK)
+    average_G1 = h_GKK.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
+    fraction = min(max(0.25 * k / moments.n, DAMPING[0]), DAMPING[1])
+    h_GKK = h_GKK + torch.diag_embed(torch.where(average_G1 > 0, fraction * average_G1, 1.0).expand(groups, k))
+    w0_GOK = w0.reshape(groups, -1, k).float()
 
     def masked(score_GOK: Tensor, part: float) -> Tensor:
-        score = score_GOK.reshape(weight.shape)
+        score = score_GOK.reshape(w0.shape)
         if pattern is not None:
             n = pattern.n + round((pattern.m - pattern.n) * (1 - part))
             return nm_mask(score, n, pattern.m).reshape(w0_GOK.shape)
@@ -188,8 +215,8 @@ def _prune(weight: Tensor, h_GKK: Tensor, sparsity: float | None, pattern: Patte
     kept_GOK = masked(w0_GOK.square() / together_GK[:, None].clamp(min=1e-30), 1.0)
     found.append((kept_GOK, refit(torch.where(kept_GOK, w0_GOK, 0.0), w0_GOK, h_GKK, kept_GOK, 3 * ITERATIONS)))
     kept_GOK, w_GOK = min(found, key=lambda f: output_error(f[1], w0_GOK, h_GKK))
-    weight.detach().copy_(w_GOK.reshape(weight.shape))
-    return kept_GOK.reshape(weight.shape)
+    shift_GO = ((w0_GOK - w_GOK) @ mean_GK[:, :, None])[:, :, 0]
+    return kept_GOK.reshape(w0.shape), w_GOK.reshape(w0.shape).to(w0.dtype), shift_GO.reshape(-1)
 
 
 def refit(w_GOK: Tensor, w0_GOK: Tensor, h_GKK: Tensor, kept_GOK: Tensor, iterations: int) -> Tensor:

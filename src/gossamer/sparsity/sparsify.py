@@ -94,10 +94,20 @@ def sparsify(
         masks = _project_l1(weights, l1, scope)
     elif criterion == "second_order":
         assert calibration is not None
-        layers = owners(sparse, weights)
-        masks = reconstruct(
-            sparse, layers, Batches(calibration, inputs, sparse), sparsity=sparsity, pattern=wanted, scope=scope, progress=progress
+        batches = Batches(calibration, inputs, network)
+        masks, values = reconstruct(
+            network,
+            list(owners(network, weights)),
+            batches,
+            sparsity=sparsity,
+            pattern=wanted,
+            scope=scope,
+            norms=reestimate_bn,
+            progress=progress,
         )
+        with torch.no_grad():
+            for name, value in values.items():
+                sparse.get_parameter(name).copy_(value)
         rest = [n for n in weights if n not in masks]
         if rest:
             notes.append(f"left alone, not a linear layer or convolution that the data reach: {', '.join(rest)}")
