@@ -129,3 +129,23 @@ def test_ten_million_weights_take_less_than_a_second():
         start = process_time()
         project()
         assert process_time() - start < 1.0
+
+
+@pytest.mark.parametrize("tail", ["normal", "one giant", "all where a sample does not look", "equal"])
+@pytest.mark.parametrize("part", [1e-4, 0.1, 0.5, 0.99])
+def test_l1_of_long_vectors_equals_sorting_in_double_precision(tail, part):
+    n = 300_000
+    w = torch.randn(n, generator=torch.Generator().manual_seed(0))
+    if tail == "one giant":
+        w[12345] = 1e6
+    elif tail == "all where a sample does not look":
+        w[::4] = 0
+    elif tail == "equal":
+        w = torch.ones(n)
+    a = np.sort(np.abs(w.double().numpy()))[::-1]
+    radius = part * a.sum()
+    sums = np.cumsum(a)
+    k = np.nonzero(a > (sums - radius) / np.arange(1, n + 1))[0][-1]
+    theta = (sums[k] - radius) / (k + 1)
+    want = np.sign(w.double().numpy()) * np.maximum(np.abs(w.double().numpy()) - theta, 0)
+    np.testing.assert_allclose(l1_project(w, float(radius)).double().numpy(), want, rtol=1e-5, atol=2e-6 * max(1.0, theta))

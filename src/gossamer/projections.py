@@ -11,6 +11,9 @@ from torch import Tensor
 
 from gossamer.errors import UsageError
 
+CHUNK = 2**16
+"""Weights whose rows are projected together."""
+
 __all__ = ["block_project", "l0_project", "l1_project", "largest", "nm_project"]
 
 
@@ -71,11 +74,8 @@ def l1_project(w: Tensor | Sequence[Tensor], radius: float, *, dim: int | None =
     w_RN, shape = _rows("l1_project", w, dim)
     if not w_RN.numel() or radius == 0:
         return shape.back(torch.zeros_like(w_RN))
-    a_RN = _magnitude(w_RN)
-    total_R1 = a_RN.sum(1, keepdim=True, dtype=torch.float64)
-    theta_R1 = _threshold(a_RN, total_R1, float(radius))
-    shrunk_RN = w_RN.sign() * (a_RN - theta_R1.to(a_RN.dtype)).clamp(min=0).to(w_RN.dtype)
-    return shape.back(torch.where(total_R1 <= radius, w_RN, shrunk_RN))
+    parts = w_RN.split(max(1, CHUNK // w_RN.shape[1]))  # rows that fit in a cache: they are read several times
+    return shape.back(torch.cat([_shrunk(part, float(radius)) for part in parts]))
 
 
 def nm_project(w: Tensor, n: int, m: int, *, dim: int = 1) -> Tensor:
@@ -160,10 +160,24 @@ def largest(a_RN: Tensor, k: int) -> Tensor:
     return above_RN | (equal_RN & (equal_RN.cumsum(1) <= room_R1))
 
 
+def _shrunk(w_RN: Tensor, radius: float) -> Tensor:
+    a_RN = _magnitude(w_RN)
+    total_R1 = a_RN.sum(1, keepdim=True, dtype=torch.float64)
+    theta_R1 = _threshold(a_RN, total_R1, radius)
+    shrunk_RN = w_RN.sign() * (a_RN - theta_R1.to(a_RN.dtype)).clamp(min=0).to(w_RN.dtype)
+    return torch.where(total_R1 <= radius, w_RN, shrunk_RN)
+
+
 def _threshold(a_RN: Tensor, total_R1: Tensor, radius: float) -> Tensor:
     """Theta with sum(max(a - theta, 0)) = radius for every row: Newton's method from below, which only ever drops entries, so it ends."""
     count_R1 = torch.full_like(total_R1, a_RN.shape[1])
     theta_R1 = (total_R1 - radius) / count_R1
+    if len(a_RN) == 1 and a_RN.shape[1] > 2 * CHUNK:  # begin near the end: a step from anywhere lands below theta, since the sum is convex
+        few_RN = a_RN[:, :: len(a_RN[0]) // CHUNK]
+        near_R1 = _threshold(few_RN, few_RN.sum(1, keepdim=True, dtype=torch.float64), radius * few_RN.shape[1] / a_RN.shape[1])
+        above = a_RN[a_RN > near_R1.to(a_RN.dtype)]
+        if len(above):
+            theta_R1 = torch.maximum(theta_R1, (above.sum(dtype=torch.float64) - radius) / len(above))
     while True:
         active_RN = a_RN > theta_R1.to(a_RN.dtype)
         fewer_R1 = active_RN.sum(1, keepdim=True).double()

@@ -38,7 +38,7 @@ class Sparsifier(nn.Module):
         steps: optimiser steps of the whole training.
         schedule: ``"one_shot"`` (the zeros of ``model`` are held from the start), ``"iterative"`` or ``"cubic"``.
         begin, end: between which fractions of the steps masks change.
-        updates: how often they change.
+        updates: how often they change. Few large changes cost accuracy at 95% zeros and more; 20 in place of 100 lost four points at 98%.
         regrow: ``"gradient"`` (RigL) or ``"random"`` (SET): at every update the smallest of the weights that stay make room for others.
         regrow_fraction: of the weights that stay, how many at the first update; falls to 0 as half a cosine.
         scope: ``"global"``, ``"layer"`` or ``"row"``.
@@ -63,10 +63,10 @@ class Sparsifier(nn.Module):
         steps: int,
         schedule: str = "cubic",
         begin: float = 0.0,
-        end: float = 0.75,
-        updates: int = 20,
+        end: float = 0.5,
+        updates: int = 100,
         regrow: str | None = None,
-        regrow_fraction: float = 0.3,
+        regrow_fraction: float = 0.1,
         scope: str = "global",
         pattern: str | None = None,
         ignore: Sequence[str] = (),
