@@ -196,3 +196,13 @@ def test_contradictions_are_one_line():
             train_sparse(net(), data(), **options)
     with pytest.raises(UsageError, match="rounds"):
         lottery_ticket(net(), data(), sparsity=0.5, rounds=0)
+
+
+def test_a_result_is_continued_and_keeps_its_plan():
+    pruned = gs.prune(net().eval(), (torch.zeros(1, 1, 6, 6),), ratio=0.5)
+    made = train_sparse(pruned, data(), sparsity=0.5, epochs=2, lr=0.02)
+    assert made.plan.edits[: len(pruned.plan)] == pruned.plan.edits
+    assert made.plan.counts()["mask"] == 2
+    assert made.before == pruned.before
+    ticket = lottery_ticket(pruned, data(), sparsity=0.5, rounds=1, lr=0.02)
+    assert ticket.plan.counts() == made.plan.counts()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gossamer.errors import UsageError
 from gossamer.plan import Mask, unpack_mask
-from gossamer.result import ExampleInputs, Result
+from gossamer.result import ExampleInputs, Result, network_of
 from gossamer.sparsity.hooks import Projection, Sparsifier
 from gossamer.sparsity.selection import select
 from gossamer.sparsity.sparsify import as_result, chosen_weights, sparsify
@@ -43,7 +43,7 @@ class _Snapshot(nn.Module):
 
 
 def train_sparse(
-    model: nn.Module,
+    model: nn.Module | Result,
     data: Iterable[Any],
     *,
     sparsity: float | None = None,
@@ -77,7 +77,7 @@ def train_sparse(
         120
 
     Args:
-        model: stays as it is.
+        model: a network, or a `Result`, whose plan is continued; stays as it is.
         data: as for `gossamer.fit`.
         sparsity: fraction of zeros at the end; or ``l0`` or ``l1``, on which the weights are then projected after every step; or, with
             ``schedule="one_shot"``, an ``N:M`` pattern.
@@ -94,6 +94,9 @@ def train_sparse(
     Raises:
         UsageError: arguments that contradict each other; and what `gossamer.fit` raises.
     """
+    source, model = model, network_of(model, "sparsify")
+    if example_inputs is None and isinstance(source, Result):
+        example_inputs = source.example_inputs
     options |= {"epochs": epochs, "accumulate": accumulate, "seed": seed}
     if "after_step" in options:
         raise UsageError("train_sparse has its own after_step: use fit with a Sparsifier for another one")
@@ -105,7 +108,7 @@ def train_sparse(
         weights, left = chosen_weights(trained, ignore, None)
         with torch.no_grad():
             project(trained)
-        return as_result(model, trained, {n: p.detach() != 0 for n, p in weights.items()}, example_inputs, left)
+        return as_result(source, trained, {n: p.detach() != 0 for n, p in weights.items()}, example_inputs, left)
     total = epochs * -(-count_batches(data) // accumulate)
     start, notes = model, tuple[str, ...]()
     if schedule == "one_shot":
@@ -142,11 +145,11 @@ def train_sparse(
         for name, p in trained.named_parameters():
             if name in masks:
                 p.mul_(masks[name].to(p.device))
-    return as_result(model, trained, masks, example_inputs, notes[1:])
+    return as_result(source, trained, masks, example_inputs, notes[1:])
 
 
 def lottery_ticket(
-    model: nn.Module,
+    model: nn.Module | Result,
     data: Iterable[Any],
     *,
     sparsity: float,
@@ -171,7 +174,7 @@ def lottery_ticket(
         120
 
     Args:
-        model: usually untrained; stays as it is.
+        model: a network, usually untrained, or a `Result`, whose plan is continued; stays as it is.
         data: as for `gossamer.fit`.
         sparsity: fraction of zeros at the end.
         rounds: after which the same fraction of what is left goes each time.
@@ -188,6 +191,9 @@ def lottery_ticket(
     """
     if not 0 < sparsity < 1 or rounds < 1 or not 0 <= rewind < 1:
         raise UsageError(f"sparsity={sparsity} lies in (0, 1), rounds={rounds} is at least 1, rewind={rewind} lies in [0, 1)")
+    source, model = model, network_of(model, "sparsify")
+    if example_inputs is None and isinstance(source, Result):
+        example_inputs = source.example_inputs
     options |= {"epochs": epochs, "accumulate": accumulate}
     weights, notes = chosen_weights(model, ignore, None)
     snapshot = _Snapshot(model, round(rewind * epochs * -(-count_batches(data) // accumulate)))
@@ -211,7 +217,7 @@ def lottery_ticket(
         trained = result.model
     assert result is not None
     return as_result(
-        model, trained, {e.tensor: unpack_mask(e.kept, e.shape) for e in result.plan if isinstance(e, Mask)}, example_inputs, notes
+        source, trained, {e.tensor: unpack_mask(e.kept, e.shape) for e in result.plan if isinstance(e, Mask)}, example_inputs, notes
     )
 
 
