@@ -26,7 +26,7 @@ OPTIONS = {
         *{"--memory-budget", "--explain-memory", "--workers", "--skip-unreadable", "--resume", "--seed", "--json"},
     },
     "export": {"--format", "--out", "--json"},
-    "bench": {"--runtime", "--threads", "--input", "--seconds", "--json"},
+    "bench": {"--runtime", "--threads", "--input", "--seconds", "--sparse-kernels", "--json"},
     "report": {"--json"},
     "demo": {"--out", "--seed", "--json"},
 }

@@ -143,7 +143,7 @@ def test_an_index_that_lies_is_one_line():
 
 def test_newer_versions_say_so(tmp_path):
     coded = encode({"a": torch.ones(3)})
-    save_file(coded, tmp_path / "w.safetensors", {"format": "gossamer-coded", "version": "2"})
+    save_file(coded, tmp_path / "w.safetensors", {"format": "gossamer-coded 2"})
     with pytest.raises(WeightsError, match=r"version 2.*reads version 1, install a newer"):
         read_state(tmp_path / "w.safetensors")
     with pytest.raises(WeightsError, match=r"version 9.*reads version 1, install a newer"):
@@ -218,3 +218,8 @@ def test_tied_tensors_are_coded_once(tmp_path):
     load_weights(other, save_weights(net, tmp_path / "w.safetensors", coded=True))
     assert list(read_state(tmp_path / "w.safetensors")) == ["a.weight"]
     assert torch.equal(other["b"].weight, net["a"].weight) and other["a"].weight is other["b"].weight
+
+
+def test_the_same_weights_give_the_same_bytes(tmp_path):
+    state = {"w": torch.tensor([[0.0, 1.0], [0.0, 2.0]])}
+    assert len({save_coded(state, tmp_path / f"{i}.safetensors").read_bytes() for i in range(8)}) == 1

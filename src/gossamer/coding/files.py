@@ -39,7 +39,7 @@ def save_coded(state: Mapping[str, Tensor], path: str | Path) -> Path:
         RunFolderError: the file cannot be written.
         WeightsError: an entry cannot be coded.
     """
-    return write_safetensors(encode(state), path, {"format": FORMAT, "version": str(VERSION)})
+    return write_safetensors(encode(state), path, {"format": f"{FORMAT} {VERSION}"})  # one entry: several are written in any order
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
@@ -65,9 +65,9 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-        if metadata.get("format") != FORMAT:
+        kind, _, version = metadata.get("format", "").partition(" ")
+        if kind != FORMAT:
             return load_file(path)
-        version = metadata.get("version")
         if version != str(VERSION):
             raise WeightsError(f"format version {version} of coded weights: this gossamer reads version {VERSION}, install a newer one")
         return decode(load_file(path))
