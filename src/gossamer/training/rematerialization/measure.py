@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gossamer.training.rematerialization.allocations import Marks, Timeline, marking, record
+from gossamer.training.rematerialization.allocations import Marks, Timeline, busy_ns, marking, record
 from gossamer.training.rematerialization.recompute import DEAR, Mode
 from gossamer.training.stepping import Stepper
 
@@ -58,7 +57,7 @@ def measure(run: Stepper, work: Callable[[], None]) -> Measured:
     """Run two plain steps: one for what is alive when, one for the time of each operation."""
     with marking(run.model, run.device) as marks:
         timeline = record(work, run.device)
-    with dear_operations(run.model, run.device) as dear, marking(run.model, run.device) as timed:
+    with dear_operations(run.model, run.device) as dear, marking(run.model, run.device, busy=True) as timed:
         work()
     seconds = {name: (m.end_ns - m.start_ns) * 1e-9 for name, m in timed.items() if m.calls == 1}
     blocks = {n: m for n, m in marks.items() if m.calls == 1 and m.backward_ns is not None and m.inputs and n in seconds}
@@ -99,13 +98,9 @@ class _Dear(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in DEAR or not self.inside:
             return func(*args, **(kwargs or {}))
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        started = time.perf_counter()
+        started = busy_ns(self.device)
         out = func(*args, **(kwargs or {}))
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        took = time.perf_counter() - started
+        took = (busy_ns(self.device) - started) * 1e-9
         size = sum(t.untyped_storage().nbytes() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor))
         for name in self.inside:
             had = self.found.get(name, (0, 0.0))
