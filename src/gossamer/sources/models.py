@@ -172,10 +172,10 @@ def _timm(spec: str, name: str, options: dict[str, Any]) -> LoadedModel:
 
 
 def _own(spec: str, name: str, options: dict[str, Any]) -> LoadedModel:
-    from gossamer.models import build
+    from gossamer.models import build, input_side
 
     model = build(name, **options)
-    side = 224 if name == "mobilenet_v2" and not options.get("small") else 32
+    side = input_side(name, **options)
     return LoadedModel(spec, model, None, (1, options.get("in_channels", 3), side, side))
 
 
