@@ -119,9 +119,7 @@ def mobilenet_v3_large(
     Source: Howard et al., "Searching for MobileNetV3", ICCV 2019.
     """
     check("mobilenet_v3_large", num_classes=num_classes, in_channels=in_channels, width_mult=width_mult, dropout=dropout)
-    return MobileNetV3(
-        LARGE, 1280, num_classes=num_classes, in_channels=in_channels, width_mult=width_mult, small=small, dropout=dropout
-    )
+    return MobileNetV3(LARGE, 1280, num_classes=num_classes, in_channels=in_channels, width_mult=width_mult, small=small, dropout=dropout)
 
 
 def mobilenet_v3_small(
@@ -150,6 +148,4 @@ def mobilenet_v3_small(
     Source: Howard et al., "Searching for MobileNetV3", ICCV 2019.
     """
     check("mobilenet_v3_small", num_classes=num_classes, in_channels=in_channels, width_mult=width_mult, dropout=dropout)
-    return MobileNetV3(
-        SMALL, 1024, num_classes=num_classes, in_channels=in_channels, width_mult=width_mult, small=small, dropout=dropout
-    )
+    return MobileNetV3(SMALL, 1024, num_classes=num_classes, in_channels=in_channels, width_mult=width_mult, small=small, dropout=dropout)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import nn
 
 from gossamer.errors import SourceError
@@ -28,7 +30,7 @@ def check(name: str, *, num_classes: int, in_channels: int, width_mult: float, d
     raise SourceError(f"{name} takes num_classes >= 1, in_channels >= 1{',' if dropout is not None else ''} {wanted}, not {got}")
 
 
-def initialise(network: nn.Module, *, mode: str = "fan_out", linear_std: float | None = None) -> None:
+def initialise(network: nn.Module, *, mode: Literal["fan_in", "fan_out"] = "fan_out", linear_std: float | None = None) -> None:
     """First weights: normal by the fan of rectified convolutions (He et al., ICCV 2015), no biases.
 
     Args:

@@ -31,7 +31,9 @@ class GhostModule(nn.Module):
         super().__init__()
         own = -(-out_channels // ratio)
         self.primary = ConvBNAct(in_channels, own, kernel=1, activation=activation)
-        self.cheap = nn.Sequential(nn.Conv2d(own, own * (ratio - 1), 3, padding=1, groups=own, bias=False), nn.BatchNorm2d(own * (ratio - 1)))
+        self.cheap = nn.Sequential(
+            nn.Conv2d(own, own * (ratio - 1), 3, padding=1, groups=own, bias=False), nn.BatchNorm2d(own * (ratio - 1))
+        )
         if activation is not None:
             self.cheap.append(activation(inplace=True))
         self.spare = own * ratio - out_channels

@@ -92,7 +92,9 @@ class ShuffleUnit(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1) -> None:
         super().__init__()
         if out_channels % 2 or (stride == 1 and in_channels != out_channels):
-            raise SourceError(f"ShuffleUnit: {in_channels} to {out_channels} channels at stride {stride}: an even number, equal at stride 1")
+            raise SourceError(
+                f"ShuffleUnit: {in_channels} to {out_channels} channels at stride {stride}: an even number, equal at stride 1"
+            )
         half = out_channels // 2
         kept = in_channels if stride > 1 else half
         self.branch1 = nn.Sequential()
