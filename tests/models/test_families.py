@@ -43,7 +43,7 @@ PAPERS = [
     ("shufflenet_v2", 2.0, 7.4, 591, 0.015),
     ("ghostnet", 0.5, 2.6, 42, 0.0),
     ("ghostnet", 1.0, 5.2, 141, 0.0),
-    ("ghostnet", 1.3, 7.3, 226, 0.0),
+    ("ghostnet", 1.3, 7.3, 226, 0.01),
     ("densenet_bc100", 1.0, 0.8, None, 0.0),
     ("resnet20", 1.0, 0.27, None, 0.0),
 ]
@@ -55,13 +55,14 @@ def params(model: nn.Module) -> int:
 
 
 def alive(model: nn.Module) -> nn.Module:
-    """Random running statistics, scales and shifts: without them signals of untrained networks die out before the logits."""
-    for m in model.modules():
+    """Random scales and shifts, running statistics of random pictures: without them signals of untrained networks die out before the logits."""
+    for m in model.train().modules():
         if isinstance(m, nn.BatchNorm2d):
             nn.init.uniform_(m.weight, 0.5, 1.5)
             nn.init.normal_(m.bias, 0, 0.2)
-            m.running_mean.normal_(0, 0.1)
-            m.running_var.uniform_(0.5, 1.5)
+            m.momentum = None
+    with torch.no_grad():
+        model(torch.randn(4, 3, 64, 64))
     return model.eval()
 
 
@@ -89,7 +90,7 @@ def test_torchvisions_weights_load_and_give_its_logits(name, options, theirs):
     x = torch.randn(2, 3, 96, 96)
     with torch.no_grad():
         want, got = reference(x), ours(x)
-    assert (want[0] - want[1]).abs().max() > 1e-4 * want.abs().max(), "the pictures make a difference"
+    assert (want[0] - want[1]).abs().max() > 1e-3 * want.abs().max(), "the pictures make a difference"
     assert (want - got).abs().max() <= 1e-5 * want.abs().max()
 
 
