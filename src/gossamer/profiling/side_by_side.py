@@ -58,7 +58,7 @@ class SideBySide:
         return self.benchmark.to_json() | {"rows": rows, "notes": list(self.notes)}
 
     def __str__(self) -> str:
-        from gossamer.report.text import side_by_side_table
+        from gossamer.report.compare import side_by_side_table
 
         return side_by_side_table(self)
 

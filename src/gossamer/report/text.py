@@ -16,7 +16,7 @@ from gossamer.report.schema import Measured, Report, Storage
 from gossamer.report.warnings import target_value
 
 if TYPE_CHECKING:
-    from gossamer.profiling import Benchmark, Evaluation, SideBySide, SparseKernels
+    from gossamer.profiling import Benchmark, Evaluation, SparseKernels
     from gossamer.result import Profile, Result
     from gossamer.trace.channels import ChannelGroup, ChannelMap
 
@@ -114,28 +114,6 @@ def benchmark_table(benchmark: Benchmark, *, width: int = WIDTH) -> str:
         f"{benchmark.runtime} {benchmark.runtime_version}, {_threads(benchmark.threads)}, input {shapes}, {first.runs} interleaved rounds"
     )
     return "\n".join([body, wrap(said, width), wrap(benchmark.processor, width)])
-
-
-def side_by_side_table(sides: SideBySide, *, width: int = WIDTH) -> str:
-    """Artefacts side by side: parameters, MACs, activations, accuracy where it was measured; then the benchmark's own table."""
-    header, right = ["artefact", "params", "MACs", "activations"], [1, 2, 3]
-    labelled = any(row.accuracy for row in sides.rows)
-    if labelled:
-        header, right = [*header, "top-1", "95% interval"], [*right, 4, 5]
-    rows = []
-    for row in sides.rows:
-        cells = [
-            NONE if n is None else shown(n) for n, shown in ((row.params, amount), (row.macs, amount), (row.peak_activation_bytes, size))
-        ]
-        if labelled and row.accuracy is not None:
-            low, high = row.accuracy.interval
-            cells += [f"{figures.hundredths(row.accuracy.value * 100)}%", f"{percent(low)} to {percent(high)}"]
-        rows.append([row.timing.name, *cells, *[NONE] * (len(header) - 1 - len(cells))])
-    parts = [table(header, rows, right=right, width=width)]
-    if labelled:
-        parts.append(f"top-1 on {next(row.accuracy.n for row in sides.rows if row.accuracy)} items")
-    parts += [wrap(f"- {n}", width, indent="  ") for n in sides.notes]
-    return "\n".join(parts) + "\n\n" + benchmark_table(sides.benchmark, width=width)
 
 
 def evaluation_line(evaluation: Evaluation, *, width: int = WIDTH) -> str:
