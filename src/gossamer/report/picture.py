@@ -107,7 +107,7 @@ def _scales(axes: Any, rows: Sequence[Side], labelled: bool) -> None:
     def logarithmic(axis: Any, values: Sequence[float], limits: Any, shown: Any) -> None:
         low, high = min(values), max(values)
         room = max(1.35, (high / low) ** 0.13)
-        limits(low / room, high * room)
+        limits(low / room, high * room**1.5)
         wide = high / low > 300
         axis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
         axis.set_major_formatter(FuncFormatter(lambda v, _: shown(v)))
