@@ -26,7 +26,10 @@ OPTIONS = {
         *{"--memory-budget", "--explain-memory", "--workers", "--skip-unreadable", "--resume", "--seed", "--json"},
     },
     "export": {"--format", "--out", "--json"},
-    "bench": {"--runtime", "--threads", "--input", "--seconds", "--sparse-kernels", "--json"},
+    "bench": {
+        *{"--runtime", "--threads", "--input", "--seconds", "--data", "--weights", "--picture"},
+        *{"--sparse-kernels", "--json"},
+    },
     "report": {"--json"},
     "demo": {"--out", "--seed", "--json"},
 }
@@ -63,6 +66,15 @@ def test_the_set_of_options_is_frozen():
         (["report", "absent"], "absent"),
         (["bench", "absent.onnx"], "absent.onnx"),
         (["bench", "gossamer:resnet8", "--runtime", "onnxruntim"], "onnxruntime"),
+        (["bench", "resnt8"], "gossamer:resnet8"),
+        (["bench", "mobilenet_v3"], "mobilenet_v3_large, mobilenet_v3_small"),
+        (["bench", "resnet8", "--picture", "p.jpg"], ".png"),
+        (["bench", "resnet8", "--picture", "absent/p.png"], "absent"),
+        (["bench", "resnet8?in_channels=1", "--data", "digits"], "weights are random"),
+        (["bench", "resnet8", "--data", "digit"], "digits"),
+        (["bench", "resnet8", "resnet20", "--weights", "w.safetensors"], "NAME=FILE"),
+        (["bench", "resnet8", "resnet20", "--weights", "resnet9=w.safetensors"], "did you mean 'resnet8'"),
+        (["bench", "resnet8", "--weights", "resnet8=absent.pth"], "absent.pth"),
         (["export", "absent"], "absent"),
         (["train", "gossamer:resnet8", "--data", "digits", "--out", "out", "--optimizer", "adam"], "adamw"),
         (["train", "gossamer:resnet8", "--data", "digits"], "--explain-memory"),
@@ -144,6 +156,38 @@ def test_train_then_compress_report_bench_and_export(capsys, tmp_path):
     assert call("inspect", str(out)) == 0
     assert call("compress", model, "--data", "digits", "--out", str(tmp_path / "b"), "--budget", "size=10B,macs=1") == 1
     assert "best that can" in capsys.readouterr().err
+
+
+def test_bench_compares_by_bare_names_with_accuracy_and_picture(capsys, tmp_path, monkeypatch):
+    model = "resnet8?width=8&in_channels=1"
+    assert call("train", f"gossamer:{model}", "--data", "digits", "--out", str(tmp_path / "trained"), "--epochs", "3", "--json") == 0
+    trained = json.loads(capsys.readouterr().out)
+    monkeypatch.chdir(tmp_path)
+    arguments = [
+        "bench",
+        model,
+        "resnet20?in_channels=1",
+        "--input",
+        "1,1,8,8",
+        "--data",
+        "digits",
+        "--weights",
+        f"{model}={trained['weights']}",
+    ]
+    arguments += ["--seconds", "0.1", "--runtime", "torch", "--picture", "p.png", "--json"]
+    assert call(*arguments) == 0
+    found = json.loads(capsys.readouterr().out)
+    first, second = found["rows"]
+    assert [first["name"], second["name"]] == [f"gossamer:{model}", "gossamer:resnet20?in_channels=1"]
+    assert first["accuracy"]["value"] == pytest.approx(trained["accuracy"], abs=1e-6)
+    assert first["accuracy"]["n"] == 360
+    assert second["accuracy"] is None
+    assert "weights are random" in found["notes"][0]
+    assert first["macs"] < second["macs"]
+    assert (tmp_path / "p.png").stat().st_size > 10_000
+    (tmp_path / "resnet8").mkdir()
+    assert call("bench", "resnet8") == 2
+    assert "./resnet8 or gossamer:resnet8" in capsys.readouterr().err
 
 
 def test_help_does_not_import_torch():

@@ -120,7 +120,7 @@ def test_depthwise_separable_mixes_channels_only_pointwise():
 
 def test_every_model_trains_one_step_and_builds_from_its_name():
     for name in MODELS:
-        net = build(name, num_classes=3, in_channels=2)
+        net = build(name, num_classes=3, in_channels=2, width_mult=0.25)
         net(torch.randn(2, 2, 32, 32)).sum().backward()
         assert all(p.grad is not None for p in net.parameters())
 

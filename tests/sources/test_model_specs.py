@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from gossamer.errors import SourceError, UsageError, WeightsError
 from gossamer.models import resnet8
-from gossamer.sources import is_spec, load_model
+from gossamer.sources import complete, is_spec, load_model
 from gossamer.sources.factory import format_options, parse_options
 
 FACTORIES = """
@@ -320,3 +320,40 @@ def test_files_that_hold_something_else(tmp_path, content):
 
 def test_weights_errors_are_usage_errors():
     assert issubclass(WeightsError, UsageError)
+
+
+@pytest.mark.parametrize(
+    ("text", "spec"),
+    [
+        ("resnet18", "gossamer:resnet18"),
+        ("resnet8?width=8&in_channels=1", "gossamer:resnet8?width=8&in_channels=1"),
+        ("vgg11", "torchvision:vgg11"),
+        ("shufflenet_v2_x1_0", "torchvision:shufflenet_v2_x1_0"),
+        ("timm:resnet18", "timm:resnet18"),
+    ],
+)
+def test_bare_names_are_completed(text, spec):
+    assert complete(text) == spec
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("mobilenet_v3", "may be mobilenet_v3_large, mobilenet_v3_small: name one of them"),
+        ("resnet", "and more"),
+        ("mobilnet_v2", "did you mean 'gossamer:mobilenet_v2'"),
+        ("no-such-thing-at-all", "neither a file, a run folder nor a model$"),
+        ("", "neither a file"),
+        ("resnet18?width", "cannot read option"),
+    ],
+)
+def test_bare_names_that_mean_nothing_or_several_things(text, message):
+    with pytest.raises(SourceError, match=message):
+        complete(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "side"), [("resnet18", 224), ("resnet18?small=true", 32), ("resnet20", 32), ("resnet20?small=false", 224)]
+)
+def test_networks_know_the_size_of_their_images(name, side):
+    assert load_model(f"gossamer:{name}").input_shape == (1, 3, side, side)

@@ -192,30 +192,51 @@ def export(
 
 @app.command()
 def bench(
-    artefacts: Annotated[list[str], typer.Argument(metavar="A B ...", help="Model specifications, run folders or .onnx files.")],
+    artefacts: Annotated[
+        list[str], typer.Argument(metavar="A B ...", help="Models (also by bare names, resnet18), run folders or .onnx files.")
+    ],
     runtime: Annotated[str, typer.Option("--runtime", help="onnxruntime or torch.")] = "onnxruntime",
     threads: Threads = 1,
     shape: Annotated[str | None, typer.Option("--input", help="Input shape, for example 1,3,224,224.")] = None,
     seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Time to spend on each artefact.")] = 2.0,
+    data: Annotated[str | None, typer.Option("--data", help="Data to measure accuracy on, in the runtime.")] = None,
+    weights: Annotated[list[str] | None, typer.Option("--weights", help="NAME=FILE: state dict of a model; may be repeated.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", help="Draw accuracy or parameters against latency: .png, .svg or .pdf.")
+    ] = None,
     sparse: Annotated[
         bool, typer.Option("--sparse-kernels", help="Also: from how many zeros on torch's sparse kernel wins in the linear layers.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Time models, runs and files side by side: interleaved, with median, p10, p90, and bytes on disk."""
-    from gossamer.cli._console import show
-    from gossamer.cli._models import bench_artefacts, sparse_of
-    from gossamer.profiling import benchmark
+    """Compare models, runs and files side by side: parameters, MACs, memory, bytes on disk, latency (interleaved), accuracy."""
+    from gossamer.cli._bench import Readers, contestants, inputs_of, sparse_of
+    from gossamer.cli._console import plain, show
+    from gossamer.profiling import side_by_side
+    from gossamer.report.picture import check_file, draw
 
-    opened, inputs, names = bench_artefacts(artefacts, shape=shape)
-    kernels = sparse_of(opened[0], threads=threads) if sparse else None
-    timed = benchmark(*opened, example_inputs=inputs, runtime=runtime, threads=threads, seconds=seconds, names=names)
-    if kernels is None:
-        show(timed, as_json=as_json)
-    elif as_json:
-        show({"benchmark": timed, "sparse_kernels": kernels}, as_json=True)
+    if picture is not None:
+        check_file(picture)
+    entered = contestants(artefacts, weights=weights or [], shape=shape)
+    readers = Readers(entered, data) if data else None
+    kernels = sparse_of(entered[0].artefact, threads=threads) if sparse else None
+    compared = side_by_side(
+        *(c.artefact for c in entered),
+        example_inputs=inputs_of(entered, shape),
+        data=readers,
+        runtime=runtime,
+        threads=threads,
+        seconds=seconds,
+        names=[c.name for c in entered],
+        notes=readers.notes if readers else (),
+    )
+    if picture is not None:
+        draw(compared, picture)
+    if as_json:
+        found = compared.to_json()
+        show({"benchmark": found, "sparse_kernels": plain(kernels)} if kernels else found, as_json=True)
     else:
-        print(f"{timed}\n\n{kernels}")
+        print(f"{compared}\n\n{kernels}" if kernels else compared)
 
 
 @app.command()

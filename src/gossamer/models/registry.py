@@ -9,11 +9,42 @@ from typing import Any
 from torch import nn
 
 from gossamer.errors import SourceError, near
-from gossamer.models.mobilenet import mobilenet_v2
-from gossamer.models.resnet import resnet8
+from gossamer.models.densenet import densenet121, densenet_bc100
+from gossamer.models.ghostnet import ghostnet
+from gossamer.models.mobilenet import mobilenet_v1, mobilenet_v2
+from gossamer.models.mobilenet_v3 import mobilenet_v3_large, mobilenet_v3_small
+from gossamer.models.resnet import resnet8, resnet18, resnet20, resnet34, resnet50
+from gossamer.models.shufflenet import shufflenet_v2
+from gossamer.models.squeezenet import squeezenet1_0, squeezenet1_1
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"mobilenet_v2": mobilenet_v2, "resnet8": resnet8}
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "densenet121": densenet121,
+    "densenet_bc100": densenet_bc100,
+    "ghostnet": ghostnet,
+    "mobilenet_v1": mobilenet_v1,
+    "mobilenet_v2": mobilenet_v2,
+    "mobilenet_v3_large": mobilenet_v3_large,
+    "mobilenet_v3_small": mobilenet_v3_small,
+    "resnet8": resnet8,
+    "resnet18": resnet18,
+    "resnet20": resnet20,
+    "resnet34": resnet34,
+    "resnet50": resnet50,
+    "shufflenet_v2": shufflenet_v2,
+    "squeezenet1_0": squeezenet1_0,
+    "squeezenet1_1": squeezenet1_1,
+}
 """Name -> the function that builds it; all its arguments are keyword-only and have defaults."""
+
+
+def input_side(name: str, **options: Any) -> int:
+    """Height and width of the images that one of gossamer's own networks is made for: 32 with a small-image stem, else 224.
+
+    Example:
+        >>> input_side("resnet18"), input_side("resnet18", small=True), input_side("resnet8")
+        (224, 32, 32)
+    """
+    return 32 if options.get("small", inspect.signature(MODELS[name]).parameters["small"].default) else 224
 
 
 def build(name: str, **options: Any) -> nn.Module:

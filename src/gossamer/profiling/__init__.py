@@ -5,12 +5,15 @@ from gossamer.profiling.costs import profile, profile_or_sizes
 from gossamer.profiling.latency import Benchmark, Timing, benchmark, time_interleaved
 from gossamer.profiling.memory import peak_activation_bytes
 from gossamer.profiling.runtime import disk_bytes, run_onnx, session
+from gossamer.profiling.side_by_side import Side, SideBySide, side_by_side
 from gossamer.profiling.sparse_kernels import SparseKernels, SparseTiming, sparse_kernels
 
 __all__ = [
     "Accuracy",
     "Benchmark",
     "Evaluation",
+    "Side",
+    "SideBySide",
     "SparseKernels",
     "SparseTiming",
     "Timing",
@@ -22,6 +25,7 @@ __all__ = [
     "profile_or_sizes",
     "run_onnx",
     "session",
+    "side_by_side",
     "sparse_kernels",
     "sqnr_db",
     "time_interleaved",

@@ -140,7 +140,7 @@ def benchmark(
     if names is not None and len(names) != len(artefacts):
         raise UsageError(f"{len(names)} names for {len(artefacts)} artefacts")
     resolved = [resolve(a) for a in artefacts]
-    inputs = check_inputs(_inputs(resolved, example_inputs))
+    inputs = check_inputs(brought_inputs(resolved, example_inputs))
     batch = as_batch(inputs)
     with ExitStack() as stack:
         workplace = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gossamer-")))
@@ -239,7 +239,8 @@ def summarise(names: Sequence[str], sizes: Sequence[int], times_RA: Array) -> tu
     return tuple(rows)
 
 
-def _inputs(artefacts: Sequence[Artefact], example_inputs: ExampleInputs) -> ExampleInputs:
+def brought_inputs(artefacts: Sequence[Artefact], example_inputs: ExampleInputs) -> ExampleInputs:
+    """The inputs given, or else those of the first artefact that brings some, or random ones of the first file's shapes."""
     if example_inputs is not None:
         return example_inputs
     for artefact in artefacts:

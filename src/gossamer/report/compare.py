@@ -1,14 +1,18 @@
-"""Several runs side by side."""
+"""Several runs, or several networks and files, side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from gossamer.errors import UsageError
 from gossamer.report import figures
 from gossamer.report.figures import NONE, amount, milliseconds, size
 from gossamer.report.schema import Report
-from gossamer.report.text import WIDTH, table, wrap
+from gossamer.report.text import WIDTH, benchmark_table, table, wrap
+
+if TYPE_CHECKING:
+    from gossamer.profiling import SideBySide
 
 
 def compare_table(reports: Mapping[str, Report], *, width: int = WIDTH) -> str:
@@ -49,6 +53,28 @@ def compare_table(reports: Mapping[str, Report], *, width: int = WIDTH) -> str:
     for name, r in reports.items():
         parts += [wrap(f"! {name}: {w}", width, indent="  ") for w in r.warnings[:1]]
     return "\n".join(parts)
+
+
+def side_by_side_table(sides: SideBySide, *, width: int = WIDTH) -> str:
+    """Artefacts side by side: parameters, MACs, activations, accuracy where it was measured; then the benchmark's own table."""
+    header, right = ["artefact", "params", "MACs", "activations"], [1, 2, 3]
+    labelled = any(row.accuracy for row in sides.rows)
+    if labelled:
+        header, right = [*header, "top-1", "95% interval"], [*right, 4, 5]
+    rows = []
+    for row in sides.rows:
+        cells = [
+            NONE if n is None else shown(n) for n, shown in ((row.params, amount), (row.macs, amount), (row.peak_activation_bytes, size))
+        ]
+        if labelled and row.accuracy is not None:
+            low, high = row.accuracy.interval
+            cells += [f"{figures.hundredths(row.accuracy.value * 100)}%", f"{figures.percent(low)} to {figures.percent(high)}"]
+        rows.append([row.timing.name, *cells, *[NONE] * (len(header) - 1 - len(cells))])
+    parts = [table(header, rows, right=right, width=width)]
+    if labelled:
+        parts.append(f"top-1 on {next(row.accuracy.n for row in sides.rows if row.accuracy)} items")
+    parts += [wrap(f"- {n}", width, indent="  ") for n in sides.notes]
+    return "\n".join(parts) + "\n\n" + benchmark_table(sides.benchmark, width=width)
 
 
 def differences(reports: Mapping[str, Report]) -> list[str]:

@@ -105,7 +105,8 @@ def benchmark_table(benchmark: Benchmark, *, width: int = WIDTH) -> str:
     rows = []
     for row in benchmark.rows:
         near = NONE if row is first else f"{row.ratio_p10:.2f} to {row.ratio_p90:.2f}"
-        latency = f"{milliseconds(row.p10_ms)} to {milliseconds(row.p90_ms)}"
+        low, high = milliseconds(row.p10_ms), milliseconds(row.p90_ms)
+        latency = f"{low.split()[0] if low.split()[1] == high.split()[1] else low} to {high}"
         rows.append([row.name, size(row.size_bytes), milliseconds(row.median_ms), latency, f"{row.ratio:.2f} x", near])
     body = table(["artefact", "size", "median", "p10 to p90", "ratio", "p10 to p90"], rows, right=(1, 2, 3, 4, 5), width=width)
     shapes = ", ".join(figures.shape(s) for s in benchmark.inputs)

@@ -55,6 +55,35 @@ def is_spec(text: str) -> bool:
     return ":" in text and not Path(text).is_dir()
 
 
+def complete(text: str) -> str:
+    """The specification that a bare name stands for: gossamer's own network of that name, or else torchvision's.
+
+    Example:
+        >>> complete("resnet18?small=true"), complete("vgg11"), complete("timm:resnet10t")
+        ('gossamer:resnet18?small=true', 'torchvision:vgg11', 'timm:resnet10t')
+
+    Args:
+        text: ``NAME`` or ``NAME?OPTIONS``; a specification stays as it is.
+
+    Returns:
+        A specification for `load_model`.
+
+    Raises:
+        SourceError: no network has that name, or several begin with it; they are listed.
+    """
+    if ":" in text:
+        return text
+    name = parse_options(text)[0]
+    known = _known()
+    for scheme in ("gossamer", "torchvision"):
+        if f"{scheme}:{name}" in known:
+            return f"{scheme}:{text}"
+    longer = sorted({n for k in known if (n := k.partition(":")[2]).startswith(name or ":")})
+    if longer:
+        raise SourceError(f"{text!r} may be {', '.join(longer[:5])}{' and more' * (len(longer) > 5)}: name one of them")
+    raise SourceError(f"{text!r} is neither a file, a run folder nor a model{_suggest(name)}")
+
+
 def load_model(
     spec: str, *, weights: str | Path | None = None, num_classes: int | None = None, in_channels: int | None = None, seed: int = 0
 ) -> LoadedModel:
@@ -112,14 +141,20 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _suggest(name: str) -> str:
+def _known() -> list[str]:
     from torchvision.models import list_models
 
     from gossamer.models import MODELS
 
-    known = [f"gossamer:{n}" for n in MODELS] + [f"torchvision:{n}" for n in list_models()]
+    return [f"gossamer:{n}" for n in MODELS] + [f"torchvision:{n}" for n in list_models()]
+
+
+def _suggest(name: str) -> str:
+    known = _known()
     exact = [k for k in known if k.partition(":")[2] == name]
-    return f"; did you mean {' or '.join(map(repr, exact))}?" if exact else near(name, known)
+    if exact:
+        return f"; did you mean {' or '.join(map(repr, exact))}?"
+    return near(name, known) or near(name, {k.partition(":")[2] for k in known})
 
 
 def _torchvision(spec: str, name: str, options: dict[str, Any], weights: str | Path | None) -> LoadedModel:
@@ -172,10 +207,10 @@ def _timm(spec: str, name: str, options: dict[str, Any]) -> LoadedModel:
 
 
 def _own(spec: str, name: str, options: dict[str, Any]) -> LoadedModel:
-    from gossamer.models import build
+    from gossamer.models import build, input_side
 
     model = build(name, **options)
-    side = 224 if name == "mobilenet_v2" and not options.get("small") else 32
+    side = input_side(name, **options)
     return LoadedModel(spec, model, None, (1, options.get("in_channels", 3), side, side))
 
 

@@ -1,9 +1,10 @@
-"""Building blocks of convolutional networks. Shape letters: N batch, C channels, H height, W width."""
+"""Blocks of plain convolutions. Shape letters: N batch, C channels, H height, W width."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 
@@ -41,6 +42,7 @@ class ConvBNAct(nn.Sequential):
         stride: 1 keeps H and W, 2 halves them.
         groups: of the convolution; ``groups=in_channels`` is depthwise.
         activation: makes the activation, ``nn.ReLU`` or ``nn.ReLU6`` for example; None leaves it out.
+        eps, momentum: of the normalisation.
     """
 
     def __init__(
@@ -52,10 +54,12 @@ class ConvBNAct(nn.Sequential):
         stride: int = 1,
         groups: int = 1,
         activation: Callable[..., nn.Module] | None = nn.ReLU,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
     ) -> None:
         layers: list[nn.Module] = [
             nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False),
-            nn.BatchNorm2d(out_channels),
+            nn.BatchNorm2d(out_channels, eps=eps, momentum=momentum),
         ]
         if activation is not None:
             layers.append(activation(inplace=True))
@@ -87,65 +91,60 @@ class DepthwiseSeparable(nn.Sequential):
         )
 
 
-class InvertedResidual(nn.Module):
-    """Widen by a 1x1 convolution, filter depthwise, narrow by a linear 1x1 convolution; add the input where the shapes agree.
+class SqueezeExcite(nn.Module):
+    """Scale each channel by a gate in [0, 1] that two 1x1 convolutions compute from the means of all channels.
 
     Example:
         >>> import torch
-        >>> InvertedResidual(8, 8, expand=6)(torch.zeros(1, 8, 4, 4)).shape
-        torch.Size([1, 8, 4, 4])
+        >>> SqueezeExcite(16, 8)(torch.zeros(1, 16, 4, 4)).shape
+        torch.Size([1, 16, 4, 4])
 
     Args:
-        in_channels, out_channels: C of the input and the output.
-        stride: of the depthwise convolution; the input is added at stride 1 only.
-        expand: how many times wider the middle is; 1 leaves the widening out.
+        channels: C of the input and the output.
+        squeezed: channels between the two convolutions.
 
-    Source: Sandler et al., "MobileNetV2", CVPR 2018.
+    Source: Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018; the hard sigmoid as in Howard et al., "Searching for MobileNetV3",
+    ICCV 2019.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1, expand: int = 6) -> None:
+    def __init__(self, channels: int, squeezed: int) -> None:
         super().__init__()
-        middle = in_channels * expand
-        layers: list[nn.Module] = []
-        if expand != 1:
-            layers.append(ConvBNAct(in_channels, middle, kernel=1, activation=nn.ReLU6))
-        layers += [
-            ConvBNAct(middle, middle, stride=stride, groups=middle, activation=nn.ReLU6),
-            *ConvBNAct(middle, out_channels, kernel=1, activation=None),
-        ]
-        self.conv = nn.Sequential(*layers)
-        self.residual = stride == 1 and in_channels == out_channels
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc1 = nn.Conv2d(channels, squeezed, 1)
+        self.relu = nn.ReLU(inplace=True)
+        self.fc2 = nn.Conv2d(squeezed, channels, 1)
+        self.gate = nn.Hardsigmoid()
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """The block's output, (N, out_channels, H / stride, W / stride)."""
-        y_NCHW: Tensor = self.conv(x_NCHW)
-        return x_NCHW + y_NCHW if self.residual else y_NCHW
+        """The scaled input, of the same shape."""
+        gates_NC11: Tensor = self.gate(self.fc2(self.relu(self.fc1(self.pool(x_NCHW)))))
+        return gates_NC11 * x_NCHW
 
 
-class BasicResidual(nn.Module):
-    """Two 3x3 convolutions and a shortcut, which is a 1x1 convolution where the shapes differ.
+class Fire(nn.Module):
+    """Narrow by a 1x1 convolution, then widen by 1x1 and 3x3 ones side by side; no normalisation.
 
     Example:
         >>> import torch
-        >>> BasicResidual(8, 16, stride=2)(torch.zeros(1, 8, 4, 4)).shape
-        torch.Size([1, 16, 2, 2])
+        >>> Fire(16, 4, 8)(torch.zeros(1, 16, 4, 4)).shape
+        torch.Size([1, 16, 4, 4])
 
     Args:
-        in_channels, out_channels: C of the input and the output.
-        stride: of the first convolution.
+        in_channels: C of the input.
+        squeezed: channels of the narrow part.
+        expanded: outputs of each of the two convolutions: C of the output is twice that.
 
-    Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016.
+    Source: Iandola et al., "SqueezeNet", arXiv:1602.07360.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1) -> None:
+    def __init__(self, in_channels: int, squeezed: int, expanded: int) -> None:
         super().__init__()
-        same = stride == 1 and in_channels == out_channels
-        self.conv1 = ConvBNAct(in_channels, out_channels, stride=stride)
-        self.conv2 = ConvBNAct(out_channels, out_channels, activation=None)
-        self.shortcut = nn.Identity() if same else ConvBNAct(in_channels, out_channels, kernel=1, stride=stride, activation=None)
+        self.squeeze = nn.Conv2d(in_channels, squeezed, 1)
+        self.expand1x1 = nn.Conv2d(squeezed, expanded, 1)
+        self.expand3x3 = nn.Conv2d(squeezed, expanded, 3, padding=1)
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """The block's output, (N, out_channels, H / stride, W / stride)."""
-        y_NCHW: Tensor = self.relu(self.conv2(self.conv1(x_NCHW)) + self.shortcut(x_NCHW))
-        return y_NCHW
+        """The block's output, (N, 2 * expanded, H, W)."""
+        s_NCHW: Tensor = self.relu(self.squeeze(x_NCHW))
+        return torch.cat([self.relu(self.expand1x1(s_NCHW)), self.relu(self.expand3x3(s_NCHW))], 1)
