@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from gossamer.distillation import distill
     from gossamer.exporting import export
     from gossamer.flow import compress
+    from gossamer.lowrank import factorize
     from gossamer.plan import Plan
     from gossamer.profiling import benchmark, profile
     from gossamer.pruning import prune
@@ -32,6 +33,7 @@ _HOME = {
     "compress": "gossamer.flow",
     "distill": "gossamer.distillation",
     "export": "gossamer.exporting",
+    "factorize": "gossamer.lowrank",
     "fit": "gossamer.training",
     "load": "gossamer.run_folder",
     "load_data": "gossamer.sources",
@@ -75,6 +77,7 @@ __all__ = [
     "compress",
     "distill",
     "export",
+    "factorize",
     "fit",
     "load",
     "load_data",

@@ -2,6 +2,7 @@
 
 from gossamer.lowrank.cp import Fit, cp_als
 from gossamer.lowrank.evbmf import evbmf_rank
+from gossamer.lowrank.factorize import factorize
 from gossamer.lowrank.fitting import Fitted, factorize_layer, fit_layer
 from gossamer.lowrank.layers import Site, find_sites
 from gossamer.lowrank.structure import METHODS, check_ranks, dims, factors_of, full_ranks, skeleton
@@ -15,6 +16,7 @@ __all__ = [
     "cp_als",
     "dims",
     "evbmf_rank",
+    "factorize",
     "factorize_layer",
     "factors_of",
     "find_sites",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gossamer.errors import UsageError
-from gossamer.lowrank.decompositions import leading, refit
+from gossamer.lowrank.decompositions import channels_of, leading, refit
 
 RIDGE = 1e-2
 """Of the penalty, as a fraction of what a factor's normal equations hold when terms do not overlap."""
@@ -119,12 +119,12 @@ def cp(w: Tensor, rank: int, c_GKK: Tensor | None = None, **options: object) -> 
 
     With second moments the decomposition is made in whitened inputs, and the last factor is least squares.
     """
-    groups, outs, ins, taps = *w.shape[:3], w[0, 0, 0].numel()
+    groups, outs, ins = w.shape[:3]
     axes = [a for a, k in enumerate(w.shape[3:]) if k > 1]
     x = w.reshape(groups, outs, ins, *(w.shape[3 + a] for a in axes))
     whiten = None
     if c_GKK is not None:
-        whiten = torch.linalg.cholesky(c_GKK.reshape(groups, ins, taps, ins, taps).diagonal(dim1=2, dim2=4).mean(-1))
+        whiten = torch.linalg.cholesky(channels_of(c_GKK, w))
         x = _along(x, whiten.transpose(1, 2), 1)
     fit = cp_als(x, rank, **options)  # type: ignore[arg-type]
     out_GOR, in_GIR, *along = fit.factors

@@ -59,12 +59,8 @@ def svd(w: Tensor, rank: int, c_GKK: Tensor | None = None) -> list[Tensor]:
 def spatial_svd(w: Tensor, rank: int, c_GKK: Tensor | None = None) -> list[Tensor]:
     """The weight as a convolution along the first wide kernel axis and one along the others; arguments as for `svd`."""
     groups, outs, ins, a, b = *w.shape[:3], *_first_and_rest(w)
-    m_GYX = w.reshape(groups, outs, ins, a, b).permute(0, 1, 4, 2, 3).reshape(groups, outs * b, ins * a)  # outputs (O, b), inputs (I, a)
-    whiten = None
-    if c_GKK is not None:
-        c = c_GKK.reshape(groups, ins, a, b, ins, a, b).diagonal(dim1=3, dim2=6).mean(-1)
-        whiten = torch.linalg.cholesky(c.reshape(groups, ins * a, ins * a))
-    first_GRX, last_GYR = _split(m_GYX, whiten, rank)
+    whiten = None if c_GKK is None else torch.linalg.cholesky(_columns(c_GKK, w))
+    first_GRX, last_GYR = _split(unfolded("spatial_svd", w)[0], whiten, rank)  # outputs (O, b) from inputs (I, a)
     last = last_GYR.reshape(groups, outs, b, rank).transpose(2, 3)  # (G, O, R, b)
     if c_GKK is not None:
         features = torch.einsum("gria,bc->giabrc", first_GRX.reshape(groups, rank, ins, a), torch.eye(b, dtype=w.dtype, device=w.device))
@@ -80,10 +76,7 @@ def tucker2(w: Tensor, ranks: Ranks, c_GKK: Tensor | None = None) -> list[Tensor
     """The weight as a pointwise convolution, one with its kernel between fewer channels, and a pointwise one; arguments as for `svd`."""
     groups, outs, ins, taps = *w.shape[:3], w[0, 0, 0].numel()
     w_GOIt = w.reshape(groups, outs, ins, taps)
-    whiten = None
-    if c_GKK is not None:
-        by_tap = c_GKK.reshape(groups, ins, taps, ins, taps).diagonal(dim1=2, dim2=4).mean(-1)
-        whiten = torch.linalg.cholesky(by_tap)
+    whiten = None if c_GKK is None else torch.linalg.cholesky(channels_of(c_GKK, w))
     x_GOIt = w_GOIt if whiten is None else torch.einsum("goit,gij->gojt", w_GOIt, whiten)
     in_GIA, out_GOB = hooi(x_GOIt, ranks)
     if c_GKK is not None:  # the best outputs are known exactly
@@ -134,27 +127,28 @@ def energies(matrix_GMM: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(matrix_GMM).flip(1).clamp(min=0)
 
 
-def spectra(method: str, w: Tensor, c_GKK: Tensor | None = None) -> list[Tensor]:
-    """For each rank of a method the energies, descending, that the choice of that rank keeps or drops: ``(groups, full rank)``."""
+def unfolded(method: str, w: Tensor) -> list[Tensor]:
+    """For each rank of a method the matrices whose rank it is, one for each group: ``(groups, rows, columns)``."""
     if method == "tucker2":
-        sizes = [w.shape[2], w.shape[1]]
-        grams = [_gram(w.flatten(3), 2), _gram(w.flatten(3), 1)]
-        if c_GKK is not None:
-            taps = w[0, 0, 0].numel()
-            by_tap = c_GKK.reshape(len(w), w.shape[2], taps, w.shape[2], taps).diagonal(dim1=2, dim2=4).mean(-1)
-            half = torch.linalg.cholesky(by_tap)
-            grams = [half.transpose(1, 2) @ grams[0] @ half, w.flatten(2) @ c_GKK @ w.flatten(2).transpose(1, 2)]
-        return [energies(g)[:, :n] for g, n in zip(grams, sizes, strict=True)]
+        return [w.movedim(2, 1).flatten(2), w.flatten(2)]
     if method == "spatial_svd":
         groups, outs, ins, a, b = *w.shape[:3], *_first_and_rest(w)
-        m_GYX = w.reshape(groups, outs, ins, a, b).permute(0, 1, 4, 2, 3).reshape(groups, outs * b, ins * a)
-        if c_GKK is not None:
-            c = c_GKK.reshape(groups, ins, a, b, ins, a, b).diagonal(dim1=3, dim2=6).mean(-1).reshape(groups, ins * a, ins * a)
-            m_GYX = m_GYX @ torch.linalg.cholesky(c)
-    else:
-        m_GYX = w.flatten(2) if c_GKK is None else w.flatten(2) @ torch.linalg.cholesky(c_GKK)
-    wide = m_GYX.shape[1] <= m_GYX.shape[2]
-    return [energies(m_GYX @ m_GYX.transpose(1, 2) if wide else m_GYX.transpose(1, 2) @ m_GYX)]
+        return [w.reshape(groups, outs, ins, a, b).permute(0, 1, 4, 2, 3).reshape(groups, outs * b, ins * a)]
+    return [w.flatten(2)]
+
+
+def spectra(method: str, w: Tensor, c_GKK: Tensor | None = None) -> list[Tensor]:
+    """For each rank of a method the energies, descending, that the choice of that rank keeps or drops: ``(groups, full rank)``."""
+    matrices = unfolded(method, w)
+    if c_GKK is not None and method == "svd":
+        matrices = [matrices[0] @ torch.linalg.cholesky(c_GKK)]
+    if c_GKK is not None and method == "spatial_svd":
+        matrices = [matrices[0] @ torch.linalg.cholesky(_columns(c_GKK, w))]
+    if c_GKK is not None and method == "tucker2":
+        half = torch.linalg.cholesky(channels_of(c_GKK, w))
+        whitened = torch.einsum("goit,gij->gjot", w.flatten(3), half).flatten(2)
+        matrices = [whitened, matrices[1] @ torch.linalg.cholesky(c_GKK)]
+    return [energies(m @ m.transpose(1, 2) if m.shape[1] <= m.shape[2] else m.transpose(1, 2) @ m) for m in matrices]
 
 
 def leading(matrix_GMM: Tensor, rank: int) -> Tensor:
@@ -182,6 +176,19 @@ def _split(w_GYX: Tensor, whiten: Tensor | None, rank: int) -> tuple[Tensor, Ten
     if whiten is not None:
         first_GRX = torch.linalg.solve_triangular(whiten, first_GRX, upper=False, left=False)
     return first_GRX, x_GYX @ basis_GXR
+
+
+def channels_of(c_GKK: Tensor, w: Tensor) -> Tensor:
+    """Second moments of the input channels, averaged over kernel positions: ``(groups, ins, ins)``."""
+    ins, taps = w.shape[2], w[0, 0, 0].numel()
+    return c_GKK.reshape(-1, ins, taps, ins, taps).diagonal(dim1=2, dim2=4).mean(-1)
+
+
+def _columns(c_GKK: Tensor, w: Tensor) -> Tensor:
+    """Second moments of what lies under the first wide kernel axis, averaged over the others: ``(groups, ins * a, ins * a)``."""
+    ins, (a, b) = w.shape[2], _first_and_rest(w)
+    c = c_GKK.reshape(-1, ins, a, b, ins, a, b).diagonal(dim1=3, dim2=6).mean(-1)
+    return c.reshape(-1, ins * a, ins * a)
 
 
 def _gram(x_GOIt: Tensor, dim: int) -> Tensor:
