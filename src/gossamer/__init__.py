@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gossamer.profiling import benchmark, profile
     from gossamer.pruning import prune
     from gossamer.quantization import quantize
-    from gossamer.recipe import Budget, Cluster, Distill, Fit, Prune, Quantize, Recipe, Sparsify
+    from gossamer.recipe import Budget, Cluster, Distill, Factorize, Fit, Prune, Quantize, Recipe, Sparsify
     from gossamer.result import Profile, Proof, Result
     from gossamer.run_folder import load
     from gossamer.sharing import cluster
@@ -45,6 +45,7 @@ _HOME = {
     "Budget": "gossamer.recipe",
     "Cluster": "gossamer.recipe",
     "Distill": "gossamer.recipe",
+    "Factorize": "gossamer.recipe",
     "Fit": "gossamer.recipe",
     "Plan": "gossamer.plan",
     "Profile": "gossamer.result",
@@ -61,6 +62,7 @@ __all__ = [
     "Budget",
     "Cluster",
     "Distill",
+    "Factorize",
     "Fit",
     "Plan",
     "Profile",

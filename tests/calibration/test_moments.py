@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from gossamer.calibration import Moments, following_norms, in_stages, patches, second_moments
+from gossamer.calibration import Batches, Moments, following_norms, in_stages, patches, second_moments
 from gossamer.errors import UsageError
 from gossamer.sources.batches import Batch
 
@@ -75,3 +75,13 @@ def test_a_norm_that_takes_anything_else_does_not_follow():
 
     net = Net()
     assert following_norms(net, ["a", "b", "c"], [Batch((torch.randn(2, 3, 4, 4),), {}, None)]) == {"a": net.alone}
+
+
+def test_trying_the_layout_is_not_seen_by_hooks_and_an_abandoned_sweep_starts_again():
+    net = nn.Conv2d(2, 3, 1)
+    source = [torch.randn(4, 2, 5, 5) for _ in range(3)]
+    batches = Batches(source, (source[0],), net)
+    assert second_moments(net, {"": net}, batches)[""].n == 3 * 4 * 25
+    again = Batches(source, (source[0],), net)
+    next(iter(again))
+    assert len(list(again)) == 3

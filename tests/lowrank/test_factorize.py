@@ -11,9 +11,11 @@ from torch import nn
 from torch.utils import _pytree
 
 import gossamer as gs
+from gossamer.calibration import Divergence
 from gossamer.errors import BudgetError, NothingToDo, SelectorError, UsageError
 from gossamer.lowrank import find_sites
 from gossamer.plan import Factorize, Plan
+from gossamer.sources.batches import Batch
 
 X = (torch.zeros(1, 3, 12, 12),)
 
@@ -30,7 +32,6 @@ def net():
         for m in model.modules():
             if isinstance(m, nn.Conv2d):
                 u, s, vt = torch.linalg.svd(m.weight.flatten(1), full_matrices=False)
-                m.weight.copy_((u * (s * torch.exp(-torch.arange(len(s)) / 8))) @ vt * 4).reshape(m.weight.shape) if False else None
                 m.weight.copy_(((u * (s * torch.exp(-torch.arange(len(s)) / 8))) @ vt * 4).reshape(m.weight.shape))
     return model.eval()
 
@@ -125,18 +126,21 @@ def test_budgets_are_met_and_not_by_much_more(kind, calibrated):
     assert state_equal(again.model, result.model)
 
 
-def test_an_allocated_budget_loses_less_than_the_same_fraction_of_every_layer():
-    """Judged by the divergence on data it has not seen."""
-    from gossamer.calibration import Divergence
-    from gossamer.sources.batches import Batch
-
-    source = net()
-    far = Divergence(source, [Batch((x,), {}, None) for x, _ in batches(8)[4:]])
-    uniform = gs.factorize(source, X, method="svd", rank=0.3, calibration=batches(), runtime=None)
+def test_an_allocated_budget_spares_the_layer_that_has_no_low_rank():
+    """A layer of rank 8 beside one of equal singular values: judged by the divergence on data not seen, far better than both at one fraction."""
+    torch.manual_seed(0)
+    source = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)).eval()
+    with torch.no_grad():
+        source[0].weight.copy_(torch.randn(64, 8) @ torch.randn(8, 64) / 16)
+        nn.init.orthogonal_(source[2].weight).mul_(2)
+    data = [torch.randn(64, 64) for _ in range(4)]
+    far = Divergence(source, [Batch((torch.randn(200, 64),), {}, None)])
+    uniform = gs.factorize(source, (data[0],), method="svd", rank={"0": 24, "2": 24}, calibration=data, runtime=None)
     share = uniform.after.macs / uniform.before.macs
-    allocated = gs.factorize(source, X, method=("svd", "spatial_svd", "tucker2"), macs=share, calibration=batches(), runtime=None)
+    allocated = gs.factorize(source, (data[0],), method="svd", macs=share, calibration=data, runtime=None)
+    assert [e.module for e in allocated.plan] == ["0"]
     assert allocated.after.macs <= uniform.after.macs
-    assert far(allocated.model) < far(uniform.model)
+    assert far(allocated.model) < 0.05 * far(uniform.model)
 
 
 def test_auto_chooses_only_what_is_faster_and_forced_methods_say_what_is_slower(monkeypatch):
@@ -152,17 +156,37 @@ def test_auto_chooses_only_what_is_faster_and_forced_methods_say_what_is_slower(
     assert any("slower in ONNX Runtime than the layer before: 6 (2.00 times)" in n for n in forced.notes)
 
 
+def test_a_latency_target_is_allocated_for_again_where_the_whole_network_is_slower_than_its_layers(monkeypatch):
+    source = net()
+    tried = []
+
+    def whole(original, changed, inputs, threads):
+        tried.append(sum(isinstance(m, nn.Sequential) for m in changed))
+        return (0.8, "latency of the first") if len(tried) == 1 else (0.69, "latency of the second")
+
+    monkeypatch.setattr(
+        "gossamer.lowrank.options.time_chains", lambda chains, shape, threads: [float(sum(n.ins * n.outs for n in c)) for c in chains]
+    )
+    monkeypatch.setattr("gossamer.lowrank.allocation.measured_fraction", whole)
+    monkeypatch.setattr("gossamer.lowrank.allocation.whole_ms", lambda *a: 1e9)
+    with pytest.raises(BudgetError, match="of the latency: the lowest possible is"):
+        gs.factorize(source, X, latency=0.7, calibration=batches())
+    monkeypatch.setattr("gossamer.lowrank.allocation.whole_ms", lambda *a: 20000.0)
+    result = gs.factorize(source, X, latency=0.7, calibration=batches())
+    assert len(tried) == 2
+    assert "latency of the second" in result.notes
+
+
+@pytest.mark.slow
 def test_a_latency_target_is_measured_in_the_runtime():
     torch.manual_seed(0)
-    wide = nn.Sequential(
-        nn.Conv2d(64, 256, 3, padding=1), nn.ReLU(), nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(), nn.Conv2d(256, 64, 3, padding=1)
-    )
-    x = (torch.randn(1, 64, 20, 20),)
-    result = gs.factorize(wide.eval(), x, latency=0.6, calibration=[torch.randn(4, 64, 20, 20)])
+    wide = nn.Sequential(nn.Conv2d(32, 128, 3, padding=1), nn.ReLU(), nn.Conv2d(128, 128, 3, padding=1), nn.ReLU(), nn.Conv2d(128, 8, 1))
+    x = (torch.randn(1, 32, 24, 24),)
+    result = gs.factorize(wide.eval(), x, latency=0.6, method="spatial_svd", calibration=[torch.randn(4, 32, 24, 24)])
     note = next(n for n in result.notes if n.startswith("latency"))
     assert "ONNX Runtime, 1 thread" in note
-    first, second = gs.benchmark(wide, result, example_inputs=x, runs=15).rows
-    assert second.ratio < 0.8
+    _, second = gs.benchmark(wide, result, example_inputs=x, runs=15).rows
+    assert second.ratio < 0.85
 
 
 def test_steps_compose_and_reload(tmp_path):
@@ -195,11 +219,11 @@ def test_networks_that_break_other_tools(case, tmp_path):
     model.eval()
     outputs = {}
     for method in ("svd", "tucker2"):
-        try:
-            result = gs.factorize(model, inputs, method=method, rank=2, runtime=None)
-        except NothingToDo as e:
-            assert method == "tucker2" and "no layer is factorised" in str(e)
+        if method == "tucker2" and not any(s.dims.wide_axes and s.dims.ins * s.dims.outs > 1 for s in find_sites(model, inputs)[0]):
+            with pytest.raises(NothingToDo, match="no layer is factorised"):
+                gs.factorize(model, inputs, method=method, rank=2, runtime=None)
             continue
+        result = gs.factorize(model, inputs, method=method, rank=2, runtime=None)
         back = gs.load(result.save(tmp_path / method), model)
         with torch.no_grad():
             call = (lambda m: m(**inputs)) if isinstance(inputs, dict) else (lambda m: m(*inputs))
@@ -225,13 +249,17 @@ class Shared(nn.Module):
             def forward(self, x):
                 return super().forward(x) * 2
 
+        class Named(nn.Linear):
+            def forward(self, x):
+                return torch.nn.functional.linear(x, self.weight, self.bias)
+
         self.a = nn.Linear(32, 32)
         self.again = self.a
         self.tied, self.tied2 = nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False)
         self.tied2.weight = self.tied.weight
         self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
         self.encoder = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
-        self.scaled = Scaled(32, 32)
+        self.scaled, self.named = Scaled(32, 32), Named(32, 32)
         self.hooked = nn.Linear(32, 32)
         self.hooked.register_forward_hook(lambda m, i, o: o + 1)
         self.unused = nn.Linear(32, 32)
@@ -242,7 +270,7 @@ class Shared(nn.Module):
     def forward(self, x):
         x = self.again(torch.relu(self.a(x)))
         x = self.tied2(self.tied(x)) + self.attention(x, x, x)[0]
-        x = self.hooked(self.scaled(self.encoder(x)))
+        x = self.hooked(self.named(self.scaled(self.encoder(x))))
         return self._pocket[0](self.read(x) * self.read.weight.mean())
 
 
@@ -250,7 +278,7 @@ def test_what_cannot_be_exchanged_is_left_alone_with_the_reason():
     model = Shared().eval()
     x = (torch.randn(2, 5, 32),)
     sites, notes = find_sites(model, x)
-    assert [s.name for s in sites] == ["a"]
+    assert [s.name for s in sites] == ["a", "named"]
     assert len(sites[0].shapes) == 2
     text = "\n".join(notes)
     for reason, names in [
@@ -265,7 +293,7 @@ def test_what_cannot_be_exchanged_is_left_alone_with_the_reason():
     result = gs.factorize(model, x, rank=4, method="svd", runtime=None)
     assert result.model.a is result.model.again
     assert isinstance(result.model.a, nn.Sequential)
-    assert [e.module for e in result.plan] == ["a"]
+    assert [e.module for e in result.plan] == ["a", "named"]
 
 
 def test_weight_norm_goes_into_the_factors():
@@ -311,7 +339,7 @@ def test_bad_input_is_one_line():
     ]:
         with pytest.raises(UsageError, match=text):
             gs.factorize(source, X, **options)
-    with pytest.raises(SelectorError, match="did you mean '12'"):
+    with pytest.raises(SelectorError, match="did you mean"):
         gs.factorize(source, X, rank=4, ignore=["13"])
     with pytest.raises(SelectorError, match="matches no layer"):
         gs.factorize(source, X, rank={"7": 4})

@@ -14,6 +14,7 @@ from gossamer.lowrank.fitting import Fitted
 from gossamer.lowrank.layers import Site
 from gossamer.lowrank.options import Option, fit_all, ladder, losses, timed
 from gossamer.plan import apply_structure, replace_module
+from gossamer.profiling import benchmark
 from gossamer.profiling.targets import latency_fraction, measured_fraction
 from gossamer.result import ExampleInputs, Profile
 from gossamer.search import knapsack
@@ -155,9 +156,7 @@ class _Chooser:
 
     def calibrate(self, model: nn.Module, inputs: ExampleInputs, threads: int) -> None:
         """The time of the whole network, what its layers do not account for included."""
-        from gossamer.profiling import benchmark
-
-        whole = benchmark(model, example_inputs=inputs, threads=threads).rows[0].median_ms
+        whole = whole_ms(model, inputs, threads)
         layers = sum(c[0] for c in self.costs)
         if whole < layers:  # alone they are slower than in the network: shrink them all alike
             self.costs = [[v * whole / layers for v in c] for c in self.costs]
@@ -176,6 +175,11 @@ class _Chooser:
         picks = knapsack(self.costs, lost, target - self.rest, what=self.kind)
         chosen = ((n, options[i]) for n, options, i in zip(self.names, self.options, picks, strict=True))
         return {n: o for n, o in chosen if o is not None}
+
+
+def whole_ms(model: nn.Module, inputs: ExampleInputs, threads: int) -> float:
+    """Milliseconds of a network in ONNX Runtime."""
+    return benchmark(model, example_inputs=inputs, threads=threads).rows[0].median_ms
 
 
 def _best(

@@ -134,7 +134,10 @@ def cp(w: Tensor, rank: int, c_GKK: Tensor | None = None, **options: object) -> 
         features = first_GRI.transpose(1, 2)[:, :, None]
         for f in along:  # kernel positions in order, the last axis fastest
             features = (features[:, :, :, None] * f[:, None, None]).flatten(2, 3)
-        out_GOR = refit(w.flatten(2), out_GOR, features.flatten(1, 2), c_GKK)
+        features = features.flatten(1, 2)
+        cf = c_GKK @ features
+        missing = w.flatten(2) - out_GOR @ features.transpose(1, 2)
+        out_GOR = refit(missing, out_GOR, cf, features.transpose(1, 2) @ cf)
     parts = _even([out_GOR, first_GRI.transpose(1, 2), *along])
     ones = (1,) * (w.dim() - 3)
     made = [parts[1].transpose(1, 2).reshape(groups, rank, ins, *ones)]

@@ -52,19 +52,24 @@ def svd(w: Tensor, rank: int, c_GKK: Tensor | None = None) -> list[Tensor]:
         Weights of the layers that `factors_of` lists, in the same form.
     """
     w_GOK = w.flatten(2)
-    first_GRK, last_GOR = _split(w_GOK, None if c_GKK is None else torch.linalg.cholesky(c_GKK), rank)
+    first_GRK, last_GOR = _split(w_GOK, c_GKK, rank)
     return balanced([first_GRK.reshape(-1, rank, *w.shape[2:]), _pointwise(last_GOR, w)])
 
 
 def spatial_svd(w: Tensor, rank: int, c_GKK: Tensor | None = None) -> list[Tensor]:
     """The weight as a convolution along the first wide kernel axis and one along the others; arguments as for `svd`."""
     groups, outs, ins, a, b = *w.shape[:3], *_first_and_rest(w)
-    whiten = None if c_GKK is None else torch.linalg.cholesky(_columns(c_GKK, w))
-    first_GRX, last_GYR = _split(unfolded("spatial_svd", w)[0], whiten, rank)  # outputs (O, b) from inputs (I, a)
+    columns = None if c_GKK is None else _columns(c_GKK, w)
+    first_GRX, last_GYR = _split(unfolded("spatial_svd", w)[0], columns, rank)  # outputs (O, b) from inputs (I, a)
     last = last_GYR.reshape(groups, outs, b, rank).transpose(2, 3)  # (G, O, R, b)
-    if c_GKK is not None:
-        features = torch.einsum("gria,bc->giabrc", first_GRX.reshape(groups, rank, ins, a), torch.eye(b, dtype=w.dtype, device=w.device))
-        last = refit(w.flatten(2), last.flatten(2), features.flatten(4).flatten(1, 3), c_GKK).reshape(last.shape)
+    if c_GKK is not None:  # features (b, R) of the inputs (I, a, b): the first factor at each position along the other axes
+        first = first_GRX.reshape(groups, rank, ins, a)
+        cf = torch.einsum("gkiac,gria->gkcr", c_GKK.reshape(groups, -1, ins, a, b), first)
+        normal = torch.einsum("giabcr,gqia->gbqcr", cf.reshape(groups, ins, a, b, b, rank), first).reshape(groups, b * rank, b * rank)
+        aim = w.reshape(groups, outs, ins, a, b)
+        missing = aim - torch.einsum("gorb,gria->goiab", last, first)
+        flat = last.transpose(2, 3).flatten(2)
+        last = refit(missing.flatten(2), flat, cf.flatten(2), normal).reshape(groups, outs, b, rank).transpose(2, 3)
     kernel = list(w.shape[3:])
     at = next(i for i, k in enumerate(kernel) if k > 1)
     along = [k if i == at else 1 for i, k in enumerate(kernel)]
@@ -76,20 +81,26 @@ def tucker2(w: Tensor, ranks: Ranks, c_GKK: Tensor | None = None) -> list[Tensor
     """The weight as a pointwise convolution, one with its kernel between fewer channels, and a pointwise one; arguments as for `svd`."""
     groups, outs, ins, taps = *w.shape[:3], w[0, 0, 0].numel()
     w_GOIt = w.reshape(groups, outs, ins, taps)
-    whiten = None if c_GKK is None else torch.linalg.cholesky(channels_of(c_GKK, w))
-    x_GOIt = w_GOIt if whiten is None else torch.einsum("goit,gij->gojt", w_GOIt, whiten)
-    in_GIA, out_GOB = hooi(x_GOIt, ranks)
-    if c_GKK is not None:  # the best outputs are known exactly
+    if c_GKK is None:
+        in_GIA, out_GOB = hooi(w_GOIt, ranks)
+        core_GBAt = torch.einsum("goit,gob,gia->gbat", w_GOIt, out_GOB, in_GIA)
+        first_GAI = in_GIA.transpose(1, 2)
+    else:  # the best outputs are known exactly
         out_GOB = leading(w.flatten(2) @ c_GKK @ w.flatten(2).transpose(1, 2), ranks[1])
-        in_GIA = leading(_gram(torch.einsum("goit,gob->gbit", x_GOIt, out_GOB), 2), ranks[0])
-    core_GBAt = torch.einsum("goit,gob,gia->gbat", x_GOIt, out_GOB, in_GIA)
-    first_GAI = in_GIA.transpose(1, 2)
-    if whiten is not None and c_GKK is not None:
-        first_GAI = torch.linalg.solve_triangular(whiten, first_GAI, upper=False, left=False)
-        features = torch.einsum("gai,tu->gitau", first_GAI, torch.eye(taps, dtype=w.dtype, device=w.device)).flatten(3).flatten(1, 2)
-        aim = out_GOB.transpose(1, 2) @ w.flatten(2)
-        core_GBAt = refit(aim, core_GBAt.flatten(2), features, c_GKK).reshape(core_GBAt.shape)
-        out_GOB = refit(w.flatten(2), out_GOB, features @ core_GBAt.flatten(2).transpose(1, 2), c_GKK)
+        aim_GBIt = torch.einsum("goit,gob->gbit", w_GOIt, out_GOB)
+        half_GII = torch.linalg.cholesky(channels_of(c_GKK, w))
+        in_GIA = leading(_gram(torch.einsum("gbit,gij->gbjt", aim_GBIt, half_GII), 2), ranks[0])
+        first_GAI = torch.linalg.solve_triangular(half_GII, in_GIA.transpose(1, 2), upper=False, left=False)
+        # features (t, A) of the inputs (I, t): the first factor at each kernel position
+        cf = torch.einsum("gkiu,gai->gkua", c_GKK.reshape(groups, -1, ins, taps), first_GAI)
+        normal = torch.einsum("gitua,gbi->gtbua", cf.reshape(groups, ins, taps, taps, -1), first_GAI)
+        normal = normal.reshape(groups, taps * ranks[0], -1)
+        core_GBtA = torch.einsum("gbit,gij,gja->gbta", aim_GBIt, half_GII, in_GIA)
+        missing = aim_GBIt - torch.einsum("gbta,gai->gbit", core_GBtA, first_GAI)
+        flat = refit(missing.flatten(2), core_GBtA.flatten(2), cf.flatten(2), normal)
+        core_GBAt = flat.reshape(groups, ranks[1], taps, ranks[0]).transpose(2, 3)
+        missing = w_GOIt - torch.einsum("gob,gbat,gai->goit", out_GOB, core_GBAt, first_GAI)
+        out_GOB = refit(missing.flatten(2), out_GOB, cf.flatten(2) @ flat.transpose(1, 2), flat @ normal @ flat.transpose(1, 2))
     core = core_GBAt.reshape(groups, ranks[1], ranks[0], *w.shape[3:])
     return balanced([_pointwise(first_GAI, w), core, _pointwise(out_GOB, w)])
 
@@ -106,20 +117,23 @@ def hooi(x_GOIt: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
     return in_GIA, out_GOB
 
 
-def refit(w_GOK: Tensor, last_GOF: Tensor, features_GKF: Tensor, c_GKK: Tensor) -> Tensor:
-    """Least squares for the last factor: outputs from features that are linear in the inputs, ``features^T x``.
+def refit(missing_GOK: Tensor, last_GOF: Tensor, cf_GKF: Tensor, normal_GFF: Tensor) -> Tensor:
+    """Least squares for the last factor: outputs from features that are linear in the inputs, ``F^T x``.
 
     Example:
-        >>> w, features = torch.tensor([[[1.0, 1.0]]]), torch.tensor([[[1.0], [0.0]]])
-        >>> refit(w, torch.zeros(1, 1, 1), features, torch.tensor([[[1.0, 0.5], [0.5, 1.0]]]))
+        >>> w, c, f = torch.tensor([[[1.0, 1.0]]]), torch.tensor([[[1.0, 0.5], [0.5, 1.0]]]), torch.tensor([[[1.0], [0.0]]])
+        >>> refit(w, torch.zeros(1, 1, 1), c @ f, f.mT @ c @ f)
         tensor([[[1.5000]]])
+
+    Args:
+        missing_GOK: what the factors so far lack of the weight.
+        last_GOF: the last factor so far.
+        cf_GKF: second moments of the inputs times F.
+        normal_GFF: second moments of the features.
     """
-    cf_GKF = c_GKK @ features_GKF
-    normal_GFF = features_GKF.transpose(1, 2) @ cf_GKF
     diagonal = normal_GFF.diagonal(dim1=1, dim2=2)
     normal_GFF = normal_GFF + torch.diag_embed((EPSILON * diagonal.mean(1, keepdim=True) + 1e-30).expand_as(diagonal))
-    missing_GOF = (w_GOK - last_GOF @ features_GKF.transpose(1, 2)) @ cf_GKF
-    return last_GOF + torch.linalg.solve(normal_GFF, missing_GOF, left=False)
+    return last_GOF + torch.linalg.solve(normal_GFF, missing_GOK @ cf_GKF, left=False)
 
 
 def energies(matrix_GMM: Tensor) -> Tensor:
@@ -165,16 +179,17 @@ def balanced(factors: Sequence[Tensor]) -> list[Tensor]:
     return [f * (mean / n).to(f.dtype) for f, n in zip(factors, norms, strict=True)]
 
 
-def _split(w_GYX: Tensor, whiten: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
-    """The best product of two matrices for inputs of covariance ``whiten whiten^T``: ``(rank, X)`` and ``(Y, rank)``, by the smaller side."""
-    x_GYX = w_GYX if whiten is None else w_GYX @ whiten
-    if x_GYX.shape[1] <= x_GYX.shape[2]:
-        last_GYR = leading(x_GYX @ x_GYX.transpose(1, 2), rank)
+def _split(w_GYX: Tensor, c_GXX: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
+    """The best product of two matrices for inputs of second moments C: ``(rank, X)`` and ``(Y, rank)``, by the smaller side."""
+    if w_GYX.shape[1] <= w_GYX.shape[2]:
+        last_GYR = leading((w_GYX if c_GXX is None else w_GYX @ c_GXX) @ w_GYX.transpose(1, 2), rank)
         return last_GYR.transpose(1, 2) @ w_GYX, last_GYR
+    half_GXX = None if c_GXX is None else torch.linalg.cholesky(c_GXX)
+    x_GYX = w_GYX if half_GXX is None else w_GYX @ half_GXX
     basis_GXR = leading(x_GYX.transpose(1, 2) @ x_GYX, rank)
     first_GRX = basis_GXR.transpose(1, 2)
-    if whiten is not None:
-        first_GRX = torch.linalg.solve_triangular(whiten, first_GRX, upper=False, left=False)
+    if half_GXX is not None:
+        first_GRX = torch.linalg.solve_triangular(half_GXX, first_GRX, upper=False, left=False)
     return first_GRX, x_GYX @ basis_GXR
 
 

@@ -64,14 +64,22 @@ def factorize_layer(
 
 
 def fit_layer(
-    layer: Layer, method: str, ranks: Ranks, *, bias: bool | None = None, moments: Moments | None = None, seed: int = 0
+    layer: Layer,
+    method: str,
+    ranks: Ranks,
+    *,
+    bias: bool | None = None,
+    moments: Moments | None = None,
+    c_GKK: Tensor | None = None,
+    seed: int = 0,
 ) -> Fitted:
-    """`factorize_layer`, with how well it went."""
+    """`factorize_layer`, with how well it went; ``c_GKK`` is what `shrunk` makes of the moments, where that is known already."""
     check_ranks(method, dims(layer), ranks, str(layer))
     w = canonical(layer).cpu().double()
     if not bool(torch.isfinite(w).all()):
         raise UsageError(f"the weight of {layer} holds values that are NaN or infinite: check how it was trained")
-    c_GKK = None if moments is None else shrunk(moments).cpu()
+    if moments is not None and c_GKK is None:
+        c_GKK = shrunk(moments).cpu()
     found: Fit | None = None
     if method == "svd":
         parts = svd(w, ranks[0], c_GKK)
@@ -117,8 +125,8 @@ def product(method: str, parts: list[Tensor]) -> Tensor:
 def _error(w_GOK: Tensor, missing_GOK: Tensor, moments: Moments | None) -> float:
     """Relative error of the outputs, or, without moments or where the outputs do not vary, of the weight."""
     if moments is not None:
-        c_GKK = moments.covariance().cpu().double()
-        lost, whole = (float(((m @ c_GKK) * m).sum().clamp(min=0)) for m in (missing_GOK, w_GOK))
+        c_GKK = moments.covariance().cpu()
+        lost, whole = (float(((m @ c_GKK) * m).sum().clamp(min=0)) for m in (missing_GOK.float(), w_GOK.float()))
         if whole > 1e-30:
             return float((lost / whole) ** 0.5)
     whole = float(w_GOK.norm())

@@ -12,6 +12,7 @@ import numpy as np
 from torch import nn
 
 from gossamer.calibration import Divergence, Moments, in_stages, second_moments
+from gossamer.lowrank.decompositions import shrunk
 from gossamer.lowrank.fitting import Fitted, fit_layer
 from gossamer.lowrank.layers import Site
 from gossamer.lowrank.structure import Ranks, full_ranks, takes
@@ -145,8 +146,9 @@ def fit_all(
             moments = second_moments(model, {n: layers[n] for n in stage}, batches)
         for name in stage:
             known = moments.pop(name, None)
+            c_GKK = shrunk(known).cpu() if known is not None else None
             for one in wanted[name]:
-                use(sites[name], one, fit_layer(sites[name].layer, one.method, one.ranks, moments=known, seed=seed))
+                use(sites[name], one, fit_layer(sites[name].layer, one.method, one.ranks, moments=known, c_GKK=c_GKK, seed=seed))
 
 
 def losses(

@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from gossamer.profiling.runtime import options
 
-ROUNDS = 9
+ROUNDS = 7
 _SECONDS_A_ROUND = 0.002
 _MOST_RUNS = 50
 
