@@ -43,7 +43,7 @@ def evbmf_rank(matrix: Tensor) -> int:
     ratio = small / large
     tau = 2.5129 * np.sqrt(ratio)  # where the posterior of a component leaves zero, as a good approximation of the paper's root
     edge = (1 + tau) * (1 + ratio / tau)
-    squares = values**2
+    squares = (values / values[0]) ** 2  # the search below has an absolute tolerance
 
     def free_energy(variance: float) -> float:
         x = squares / (large * variance)
@@ -57,6 +57,8 @@ def evbmf_rank(matrix: Tensor) -> int:
     lowest = max(squares[most] / (large * edge), squares[most:].mean() / large)
     highest = squares.sum() / (small * large)
     if lowest <= 1e-12 * highest:  # the rest is zero but for rounding: there is no noise
-        return int((values > 1e-6 * values[0]).sum())
-    found = minimize_scalar(free_energy, bounds=(lowest, max(highest, lowest * (1 + 1e-9))), method="bounded")
-    return int((values > np.sqrt(large * found.x * edge)).sum())
+        return int((squares > 1e-12).sum())
+    found = minimize_scalar(
+        free_energy, bounds=(lowest, max(highest, lowest * (1 + 1e-9))), method="bounded", options={"xatol": 1e-4 * lowest}
+    )
+    return int((squares > large * found.x * edge).sum())
