@@ -28,7 +28,7 @@ def test_logits_by_their_divergence_and_all_else_by_relative_error():
     assert Divergence(c, [Batch((maps,), {}, None)])(d) == pytest.approx(((u - v) ** 2).mean() / u.var(), rel=1e-4)
 
 
-def test_as_many_samples_as_asked_for_and_outputs_that_are_not_finite():
+def test_as_many_samples_as_asked_for_and_outputs_that_are_not_finite(monkeypatch):
     seen = []
 
     def batches():
@@ -38,6 +38,11 @@ def test_as_many_samples_as_asked_for_and_outputs_that_are_not_finite():
 
     far = Divergence(nn.Linear(5, 3), batches(), samples=25)
     assert len(seen) == 3
+    with monkeypatch.context() as m:
+        m.setattr("gossamer.calibration.divergence.HELD_BYTES", 100)
+        seen.clear()
+        Divergence(nn.Linear(5, 3), batches(), samples=25)
+        assert len(seen) == 1
     broken = nn.Linear(5, 3)
     nn.init.constant_(broken.weight, float("nan"))
     assert far(broken) == float("inf")

@@ -208,6 +208,12 @@ def test_steps_compose_and_reload(tmp_path):
     assert not torch.equal(trained.model[3][0].weight, factored.model[3][0].weight)
     assert state_equal(gs.load(trained.save(tmp_path / "trained"), source), trained.model.eval())
     gs.export(factored, tmp_path / "m.onnx")
+    again = gs.prune(factored.model, X, ratio=0.25)
+    assert again.proof.holds
+    assert again.after.macs < factored.after.macs
+    graph = gs.prune(source, X, ratio=0.25, form="graph")
+    with pytest.raises(NothingToDo, match="as a graph"):
+        gs.factorize(graph, rank=4)
     with pytest.raises(UsageError, match="prune would undo factorize"):
         gs.prune(factored, X, ratio=0.5)
     with pytest.raises(UsageError, match="factorize would undo sparsify"):

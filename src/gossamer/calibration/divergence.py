@@ -11,6 +11,9 @@ from gossamer.errors import UsageError
 from gossamer.profiling.runtime import evaluating
 from gossamer.sources.batches import Batch, outputs
 
+HELD_BYTES = 2**28
+"""Of the original's outputs: dense ones are large, and a few samples of them say enough."""
+
 
 class Divergence:
     """The original's outputs on some batches, and the distance of another network's from them.
@@ -28,7 +31,7 @@ class Divergence:
     Args:
         model: the original.
         batches: taken apart.
-        samples: batches are taken until there are this many.
+        samples: batches are taken until there are this many, or their outputs fill `HELD_BYTES`.
 
     Raises:
         UsageError: there is no batch, or no output is a floating-point tensor.
@@ -37,13 +40,14 @@ class Divergence:
     def __init__(self, model: nn.Module, batches: Iterable[Batch], *, samples: int = 64) -> None:
         self._batches: list[Batch] = []
         self._wanted: list[list[Tensor]] = []
-        seen = 0
+        seen = size = 0
         with evaluating(model):
             for batch in batches:
                 self._batches.append(batch)
                 self._wanted.append(_numbers(model(*batch.args, **batch.kwargs)))
                 seen += len(next((t for t in (*batch.args, *batch.kwargs.values()) if isinstance(t, Tensor) and t.dim()), [0]))
-                if seen >= samples:
+                size += sum(t.numel() * t.element_size() for t in self._wanted[-1])
+                if seen >= samples or size >= HELD_BYTES:
                     break
         if not self._batches:
             raise UsageError("no calibration batch: the data is empty")

@@ -30,21 +30,19 @@ def chosen_ranks(
     *,
     round_to: int | None,
     threads: int | None,
-    seed: int,
 ) -> tuple[dict[str, Option], list[str]]:
     """A method and ranks for each layer that pays.
 
     Args:
         model: the network.
         sites: its layers by name.
-        methods: to choose from; the one with the fewest multiply-adds, or, timed, the fastest, is taken where energy decides; with given ranks
-            spatial SVD before Tucker-2 before SVD for kernels, in the order given otherwise.
+        methods: to choose from. Where ranks are found, the fastest is taken, or, if nothing is timed, the one with the fewest multiply-adds;
+            at given ranks the first that saves work: in the order given, or, by ``auto``, spatial SVD, Tucker-2, SVD.
         auto: only where a layer gets faster.
         rank, energy: as `factorize` takes them; one of the two.
         batches: for energies of the outputs.
         round_to: ranks found are multiples of it; None for 8 where that is not slower.
         threads: of ONNX Runtime; None times nothing.
-        seed: unused where nothing is random.
 
     Returns:
         Options by layer, and notes on what was left alone.
@@ -64,13 +62,13 @@ def chosen_ranks(
         if not saving:
             useless.append(name)
             continue
-        if threads is not None and (auto or len(saving) > 1):
+        by_cost = energy is not None or spec == "evbmf"
+        if threads is not None and (auto or (by_cost and len(saving) > 1)):
             saving = timed(site, saving, threads=threads)
         if auto and not any(o.pays for o in saving):
             slower.append(name)
             continue
         saving = [o for o in saving if o.pays] if auto else saving
-        by_cost = energy is not None or spec == "evbmf"
         picks[name] = min(saving, key=lambda o: o.ms if o.ms is not None else o.macs) if by_cost else saving[0]
     notes = []
     if useless:

@@ -60,8 +60,8 @@ def factorize(
         model: the network, which stays as it is, or a `Result`, whose plan is continued.
         example_inputs: a tuple or dict of inputs; a `Result` brings its own.
         method: ``"svd"`` (two layers; the kernel goes with the first), ``"spatial_svd"`` (k x 1, then 1 x k), ``"tucker2"`` (pointwise, k x k,
-            pointwise), ``"cp"`` (pointwise, one depthwise layer for each kernel axis, pointwise), or several of them, of which each layer
-            takes the best. ``"auto"`` is all but CP, and only where a layer gets faster in ONNX Runtime. Layers that a method is not
+            pointwise), ``"cp"`` (pointwise, one depthwise layer for each kernel axis, pointwise), or several of them: at given ranks
+            each layer takes the first that saves work, else the best. ``"auto"`` is all but CP, and only where a layer gets faster in ONNX Runtime. Layers that a method is not
             made for are left alone.
         rank: of each group: an integer, a fraction of the full rank, two of either for Tucker-2, ``"evbmf"`` (what stands out of noise, by
             variational Bayes; for experts: trained weights have no noise), or a dict from patterns of module paths to ranks.
@@ -96,6 +96,8 @@ def factorize(
     network = network_of(model, "factorize")
     if example_inputs is None and given is not None:
         example_inputs = given.example_inputs
+    if given is not None and "as_graph" in given.plan.counts():
+        raise NothingToDo("no layer can be factorised: the plan wrote the network down as a graph; factorise before prune(form='graph')")
     inputs = check_inputs(example_inputs)
     methods, auto = _methods(method)
     budget = _target(rank=rank, energy=energy, macs=macs, params=params, latency=latency)
@@ -121,7 +123,7 @@ def factorize(
     fast = runtime is not None
     if budget is None:
         picks, remarks = chosen_ranks(
-            work, named, methods, auto, rank, energy, batches, round_to=round_to, threads=threads if fast else None, seed=seed
+            work, named, methods, auto, rank, energy, batches, round_to=round_to, threads=threads if fast else None
         )
         fitted: dict[str, Fitted] = {}
         fit_all(work, {n: [o] for n, o in picks.items()}, named, batches, seed, _keeper(fitted, len(picks), progress))
@@ -136,20 +138,19 @@ def factorize(
         raise NothingToDo("no layer is factorised" + _because(notes))
     if fast:
         notes += _slower({n: timed(named[n], [o], threads=threads)[0] if o.ms is None else o for n, o in picks.items()})
-    edits = _exchange(work, named, picks, fitted, batches)
-    result_model = edits[0]
+    work, edits = _exchange(work, named, picks, fitted, batches)
     if reestimate_bn and calibration is not None:
-        seen = reestimate_batch_norm(result_model, calibration, inputs)
+        seen = reestimate_batch_norm(work, calibration, inputs)
         notes += [f"{seen} batch norms re-estimated"] if seen else []
     degenerate = [n for n, f in fitted.items() if f.cp is not None and f.cp.degenerate]
     if degenerate:
         notes.append(f"CP degenerate, terms cancel one another; a lower rank or another method is safer: {_some(degenerate)}")
     lines = (f"{len(picks)} of {len(sites)} layers factorised: {_by_method(picks.values())}", *notes)
     done = Result(
-        model=result_model,
-        plan=Plan(edits=edits[1], inputs=input_specs(inputs)),
+        model=work,
+        plan=Plan(edits=edits, inputs=input_specs(inputs)),
         before=before,
-        after=profile(result_model, inputs),
+        after=profile(work, inputs),
         example_inputs=inputs,
         notes=lines,
     )
