@@ -1,6 +1,6 @@
 """Factorised layers: SVD, spatial SVD, Tucker-2 and CP of linear layers and convolutions, fitted to their inputs, ranks allocated to a budget."""
 
-from gossamer.lowrank.cp import Fit, cp_als
+from gossamer.lowrank.cp import CPFit, cp_als
 from gossamer.lowrank.evbmf import evbmf_rank
 from gossamer.lowrank.factorize import factorize
 from gossamer.lowrank.fitting import Fitted, factorize_layer, fit_layer
@@ -9,7 +9,7 @@ from gossamer.lowrank.structure import METHODS, check_ranks, dims, factors_of, f
 
 __all__ = [
     "METHODS",
-    "Fit",
+    "CPFit",
     "Fitted",
     "Site",
     "check_ranks",

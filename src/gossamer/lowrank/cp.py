@@ -1,7 +1,7 @@
 """Canonical polyadic decomposition: a weight as a sum of rank-one terms, by regularised alternating least squares.
 
 For every mode in turn the factor that fits best is solved for, all groups at once. A penalty on the factors' norms keeps terms from growing
-against one another (a tensor can lack a best approximation of its rank); where they do all the same, `Fit.degenerate` says so.
+against one another (a tensor can lack a best approximation of its rank); where they do all the same, `CPFit.degenerate` says so.
 
 Sources: Carroll and Chang, Psychometrika 1970; Lebedev et al., "Speeding-up convolutional neural networks using fine-tuned CP-decomposition",
 ICLR 2015; degeneracy: de Silva and Lim, SIAM J. Matrix Anal. 2008; Phan et al., "Stable low-rank tensor decomposition", ECCV 2020.
@@ -32,7 +32,7 @@ CANCELLING = 10.0
 
 
 @dataclass(frozen=True)
-class Fit:
+class CPFit:
     """A decomposition and how it went.
 
     Attributes:
@@ -64,7 +64,7 @@ def cp_als(
     ridge: float = RIDGE,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
-) -> Fit:
+) -> CPFit:
     """Decompose a tensor into ``rank`` rank-one terms.
 
     Example:
@@ -83,7 +83,7 @@ def cp_als(
         progress: called with sweeps done and the most that can come.
 
     Returns:
-        A `Fit`.
+        A `CPFit`.
 
     Raises:
         UsageError: fewer than two modes, a rank below 1, or values that are not finite.
@@ -114,8 +114,8 @@ def cp_als(
     return _fit(x, factors, done, converged)
 
 
-def cp(w: Tensor, rank: int, c_GKK: Tensor | None = None, **options: object) -> tuple[list[Tensor], Fit]:
-    """Weights of the layers of a CP-factorised one, in the form of `svd`, with `Fit`; ``options`` are those of `cp_als`.
+def cp(w: Tensor, rank: int, c_GKK: Tensor | None = None, **options: object) -> tuple[list[Tensor], CPFit]:
+    """Weights of the layers of a CP-factorised one, in the form of `svd`, with `CPFit`; ``options`` are those of `cp_als`.
 
     With second moments the decomposition is made in whitened inputs, and the last factor is least squares.
     """
@@ -255,13 +255,13 @@ def _exact(x: Tensor, rank: int) -> list[Tensor]:
     return [torch.cat([f, f.new_zeros(*f.shape[:2], spare)], 2) for f in factors]
 
 
-def _fit(x: Tensor, factors: Sequence[Tensor], sweeps: int, converged: bool) -> Fit:
+def _fit(x: Tensor, factors: Sequence[Tensor], sweeps: int, converged: bool) -> CPFit:
     whole = compose(factors)
     size = float(x.norm())
     overlaps = _overlaps(factors)
     terms, together = float(overlaps.diagonal(dim1=1, dim2=2).sum()), float(whole.square().sum())
     error = float((x - whole).norm()) / size if size > 0 else 0.0
-    return Fit(tuple(_even(factors)), error, sweeps, converged, terms / together if together > 0 else 1.0)
+    return CPFit(tuple(_even(factors)), error, sweeps, converged, terms / together if together > 0 else 1.0)
 
 
 def _gram(x: Tensor, mode: int) -> Tensor:

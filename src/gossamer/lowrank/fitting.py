@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gossamer.calibration import Moments
 from gossamer.errors import UsageError
-from gossamer.lowrank.cp import Fit, cp
+from gossamer.lowrank.cp import CPFit, cp
 from gossamer.lowrank.decompositions import shrunk, spatial_svd, svd, tucker2
 from gossamer.lowrank.structure import Layer, Ranks, canonical, check_ranks, dims, put, skeleton
 
@@ -28,7 +28,7 @@ class Fitted:
     module: nn.Sequential
     shift: Tensor | None
     error: float
-    cp: Fit | None = None
+    cp: CPFit | None = None
 
 
 def factorize_layer(
@@ -80,7 +80,7 @@ def fit_layer(
         raise UsageError(f"the weight of {layer} holds values that are NaN or infinite: check how it was trained")
     if moments is not None and c_GKK is None:
         c_GKK = shrunk(moments).cpu()
-    found: Fit | None = None
+    found: CPFit | None = None
     if method == "svd":
         parts = svd(w, ranks[0], c_GKK)
     elif method == "spatial_svd":
