@@ -126,6 +126,17 @@ def test_budgets_are_met_and_not_by_much_more(kind, calibrated):
     assert state_equal(again.model, result.model)
 
 
+def test_biases_that_are_added_count_against_a_budget_of_parameters():
+    torch.manual_seed(0)
+    source = nn.Sequential(
+        nn.Linear(48, 48, bias=False), nn.Tanh(), nn.Linear(48, 48, bias=False), nn.Tanh(), nn.Linear(48, 48, bias=False)
+    )
+    data = [torch.randn(64, 48) + 1 for _ in range(3)]
+    result = gs.factorize(source, (data[0],), method="svd", params=0.7, calibration=data, runtime=None, round_to=1)
+    assert all(e.bias for e in result.plan)
+    assert 0.6 < result.after.params / result.before.params <= 0.7
+
+
 def test_an_allocated_budget_spares_the_layer_that_has_no_low_rank():
     """A layer of rank 8 beside one of equal singular values: judged by the divergence on data not seen, far better than both at one fraction."""
     torch.manual_seed(0)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from gossamer.calibration import Batches, Divergence, following_norms, reestimate_batch_norm
 from gossamer.errors import NothingToDo, UsageError, near
@@ -113,8 +115,9 @@ def factorize(
     sites, notes = find_sites(work, inputs, ignore)
     if not sites:
         raise NothingToDo("no layer can be factorised" + _because(notes))
-    named = {s.name: s for s in sites}
     batches = Batches(calibration, inputs, work) if calibration is not None else None
+    norms = following_norms(work, [s.name for s in sites], batches) if batches is not None else {}
+    named = {s.name: replace(s, gains_bias=batches is not None and s.layer.bias is None and s.name not in norms) for s in sites}
     if batches is not None:
         large = [n for n, s in named.items() if s.dims.ins * s.dims.taps > MOST_INPUTS]
         notes += [f"plain factors, too many inputs for their moments: {', '.join(large)}"] if large else []
@@ -138,7 +141,7 @@ def factorize(
         raise NothingToDo("no layer is factorised" + _because(notes))
     if fast:
         notes += _slower({n: timed(named[n], [o], threads=threads)[0] if o.ms is None else o for n, o in picks.items()})
-    work, edits = _exchange(work, named, picks, fitted, batches)
+    work, edits = _exchange(work, named, picks, fitted, norms)
     if reestimate_bn and calibration is not None:
         seen = reestimate_batch_norm(work, calibration, inputs)
         notes += [f"{seen} batch norms re-estimated"] if seen else []
@@ -198,10 +201,9 @@ def _keeper(fitted: dict[str, Fitted], total: int, progress: Callable[[int, int]
 
 
 def _exchange(
-    work: nn.Module, sites: Mapping[str, Site], picks: Mapping[str, Option], fitted: Mapping[str, Fitted], batches: Batches | None
+    work: nn.Module, sites: Mapping[str, Site], picks: Mapping[str, Option], fitted: Mapping[str, Fitted], norms: Mapping[str, _BatchNorm]
 ) -> tuple[nn.Module, tuple[Factorize, ...]]:
     """Put the factorised layers into the network, in place; what their outputs' means lost goes into a batch norm that follows."""
-    norms = following_norms(work, list(picks), batches) if batches is not None else {}
     edits = []
     for name, one in picks.items():
         layer, found = sites[name].layer, fitted[name]

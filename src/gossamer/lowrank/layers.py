@@ -34,6 +34,7 @@ class Site:
         dims: of its weight.
         macs: of all calls.
         params: of its weight and bias.
+        gains_bias: whether its last factor gets a bias that the layer does not have.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Site:
     dims: Dims
     macs: int
     params: int
+    gains_bias: bool = False
     _uses: dict[str, list[int]] = field(default_factory=dict, compare=False, repr=False)
 
     def cost(self, method: str, ranks: Ranks) -> tuple[int, int]:
@@ -51,7 +53,9 @@ class Site:
             self._uses[method] = [sum(column) for column in zip(*each, strict=True)]
         sizes = [prod(f.shape) for f in factors_of(method, self.dims, ranks)]
         macs = sum(n * uses for n, uses in zip(sizes, self._uses[method], strict=True))
-        return macs, sum(sizes) + (self.params - self.dims.groups * self.dims.outs * self.dims.ins * self.dims.taps)
+        d = self.dims
+        bias = self.params - d.groups * d.outs * d.ins * d.taps + (d.groups * d.outs if self.gains_bias else 0)
+        return macs, sum(sizes) + bias
 
     def chain(self, method: str | None = None, ranks: Ranks = ()) -> Chain:
         """The layer, or its factors, as nodes of the runtime."""
