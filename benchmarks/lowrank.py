@@ -100,26 +100,33 @@ def at_one_fraction(network: nn.Module, inputs: Any, macs: float, calibration: D
     return gs.factorize(network, inputs, method="svd", rank=best, calibration=calibration, runtime=None)
 
 
-def output_errors(model: nn.Module, site: Site, modules: Sequence[nn.Module], batches: Data) -> list[float]:
-    """Root mean square error of the outputs of a layer's stand-ins on some batches, relative to the outputs' standard deviation."""
-    lost, count = [0.0] * len(modules), 0
-    sums: list[Any] = [0.0, 0.0]
+def output_errors(model: nn.Module, sites: Sequence[Site], modules: Sequence[Sequence[nn.Module]], batches: Data) -> list[list[float]]:
+    """Root mean square errors of the outputs of layers' stand-ins on some batches, relative to the outputs' standard deviation."""
+    lost = [[0.0] * len(m) for m in modules]
+    count = [0] * len(sites)
+    sums: list[list[Any]] = [[0.0, 0.0] for _ in sites]
 
-    def compare(layer: nn.Module, given: tuple[Any, ...], out: Tensor) -> None:
-        nonlocal count
-        rows = [t.movedim(1, -1).flatten(0, -2).double() if t.dim() > 2 else t.double() for t in (out, *(m(given[0]) for m in modules))]
-        sums[0], sums[1] = sums[0] + rows[0].sum(0), sums[1] + rows[0].square().sum(0)
-        count += len(rows[0])
-        for i, other in enumerate(rows[1:]):
-            lost[i] += float((other - rows[0]).square().sum())
+    def rows(t: Tensor) -> Tensor:
+        return t.movedim(1, -1).flatten(0, -2)[::5] if t.dim() > 2 else t
 
-    handle = site.layer.register_forward_hook(compare)
+    def compare(i: int) -> Callable[..., None]:
+        def hook(layer: nn.Module, given: tuple[Any, ...], out: Tensor) -> None:
+            want = rows(out)
+            sums[i][0], sums[i][1] = sums[i][0] + want.sum(0), sums[i][1] + want.square().sum(0)
+            count[i] += len(want)
+            for j, other in enumerate(modules[i]):
+                lost[i][j] += float((rows(other(given[0])) - want).square().sum())
+
+        return hook
+
+    handles = [site.layer.register_forward_hook(compare(i)) for i, site in enumerate(sites)]
     with evaluating(model):
         for batch in batches:
             model(batch[0])
-    handle.remove()
-    spread = float((sums[1] - sums[0].square() / count).sum())
-    return [(v / spread) ** 0.5 for v in lost]
+    for handle in handles:
+        handle.remove()
+    spread = [float((s[1] - s[0].square() / n).sum()) for s, n in zip(sums, count, strict=True)]
+    return [[(v / whole) ** 0.5 for v in row] for row, whole in zip(lost, spread, strict=True)]
 
 
 def moments_of(model: nn.Module, sites: Sequence[Site], batches: Data) -> dict[str, Moments]:
@@ -168,7 +175,7 @@ def layers(options: argparse.Namespace) -> None:
                 fitted = fit_layer(site.layer, method, ranks, moments=moments[site.name])
                 took = time.perf_counter() - started
                 plain = fit_layer(site.layer, method, ranks)
-                errors = output_errors(model, site, [plain.module, fitted.module], held)
+                (errors,) = output_errors(model, [site], [[plain.module, fitted.module]], held)
                 one, many = time_chains([site.chain(), site.chain(method, ranks)], site.shapes[0])
                 rows.append((plain.error, *errors, took, many / one, *(peers(site, method, ranks) or ())))
             columns = [(statistics.mean(c), min(c), max(c)) for c in zip(*rows, strict=True)]
@@ -188,8 +195,8 @@ def pointwise(options: argparse.Namespace) -> None:
     print(
         "| rank, of the break-even one | weights only | weights only, means made up for | fitted | fitted lower in |\n|---|---|---|---|---|"
     )
-    for part in (1.0, 0.75, 0.5):
-        rows = []
+    for part in options.macs or (1.0, 0.5):
+        made = []
         for site in sites:
             d = site.dims
             ranks = (max(1, int(part * d.ins * d.outs / (d.ins + d.outs))),)
@@ -197,11 +204,11 @@ def pointwise(options: argparse.Namespace) -> None:
             fitted = fit_layer(site.layer, "svd", ranks, moments=moments[site.name])
             mean = moments[site.name].mean().double()
             missing = (canonical(site.layer).double().flatten(2) - _matrix(plain.module)) @ mean[:, :, None]
-            moved = nn.Sequential(plain.module, _Shift(missing.flatten().float()))
-            rows.append(output_errors(task.model, site, [plain.module, moved, fitted.module], task.evaluation[:3]))
-        means = [statistics.mean(c) for c in zip(*rows, strict=True)]
-        better = sum(r[2] < min(r[:2]) for r in rows)
-        print(f"| {part} | " + " | ".join(f"{m:.3f}" for m in means) + f" | {better} of {len(rows)} layers |", flush=True)
+            made.append([plain.module, nn.Sequential(plain.module, _Shift(missing.flatten().float())), fitted.module])
+        found = output_errors(task.model, sites, made, task.evaluation[:2])
+        means = [statistics.mean(c) for c in zip(*found, strict=True)]
+        better = sum(r[2] < min(r[:2]) for r in found)
+        print(f"| {part} | " + " | ".join(f"{m:.3f}" for m in means) + f" | {better} of {len(found)} layers |", flush=True)
 
 
 class _Shift(nn.Module):

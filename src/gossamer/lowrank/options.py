@@ -168,7 +168,7 @@ def losses(
         options: by layer.
         sites: layers by name.
         batches: calibration data for the factors; None for factors of the weights alone.
-        far: what is measured; None takes the weights' relative squared error times the layer's share of the work.
+        far: what is measured; None takes the weights' relative squared error.
         seed: of CP.
         progress: called with measurements done and all.
     """
