@@ -44,7 +44,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="*", help="of whole networks; default: all")
     parser.add_argument("--network", choices=["mobilenet_v2", "efficientnet_lite0"], default="mobilenet_v2")
     parser.add_argument("--limit", type=int, default=200, help="photographs to evaluate on")
-    parser.add_argument("--epochs", type=int, default=1, help="of distillation")
+    parser.add_argument("--epochs", type=int, default=1, help="of distillation; 0 for none")
     return parser.parse_args()
 
 
@@ -64,7 +64,7 @@ def methods() -> dict[str, Callable[..., gs.Result]]:
         return at_one_fraction(network, inputs, macs, calibration)
 
     def prune(network: nn.Module, inputs: Any, macs: float, calibration: Data) -> gs.Result:
-        return gs.prune(network, inputs, macs=macs, calibration=calibration)
+        return gs.prune(network, inputs, macs=macs, calibration=calibration, round_to=8)
 
     found = {
         "svd, weights only": low_rank("svd", data=False),
@@ -240,8 +240,11 @@ def network(options: argparse.Namespace) -> None:
     )
     for part, name, result, took in _results(options, model, inputs, calibration, (0.6, 0.4)):
         before = accuracy(result.model, fashion.val)
-        tuned = gs.distill(result, model, fashion.loader(), epochs=options.epochs, lr=2e-3)
-        _line(part, name, result, took, model, f"{before:.2%} | {accuracy(tuned.model, fashion.val):.2%}")
+        after = ""
+        if options.epochs:
+            tuned = gs.distill(result, model, fashion.loader(), epochs=options.epochs, lr=2e-3)
+            after = f"{accuracy(tuned.model, fashion.val):.2%}"
+        _line(part, name, result, took, model, f"{before:.2%} | {after}")
 
 
 def photographs(options: argparse.Namespace) -> None:
