@@ -218,7 +218,6 @@ def test_steps_compose_and_reload(tmp_path):
     assert trained.plan == factored.plan
     assert not torch.equal(trained.model[3][0].weight, factored.model[3][0].weight)
     assert state_equal(gs.load(trained.save(tmp_path / "trained"), source), trained.model.eval())
-    gs.export(factored, tmp_path / "m.onnx")
     again = gs.prune(factored.model, X, ratio=0.25)
     assert again.proof.holds
     assert again.after.macs < factored.after.macs
