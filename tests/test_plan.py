@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gossamer.errors import PlanError
-from gossamer.plan import AddBias, Keep, Mask, Plan, SetAttribute, Share, apply_structure, input_specs, pack_mask
+from gossamer.plan import AddBias, Factorize, Keep, Mask, Plan, SetAttribute, Share, apply_structure, input_specs, pack_mask
 
 
 def test_keep_equals_direct_indexing_and_leaves_the_source_alone():
@@ -53,6 +53,19 @@ def test_add_bias_and_set_attribute():
     assert torch.equal(cut[0].bias, torch.zeros(3))
 
 
+def test_a_factorised_layer_is_exchanged_wherever_it_is_registered():
+    net = nn.ModuleDict({"a": nn.Linear(6, 4), "b": nn.Sequential(nn.Linear(4, 4))})
+    net["again"] = net["a"]
+    edit = Factorize(module="a", method="svd", ranks=(4,), bias=True)
+    for values in (True, False):
+        made = Plan(edits=(edit,)).apply(net, values=values)
+        assert made["a"] is made["again"]
+        want = net["a"](torch.ones(2, 6)) if values else torch.zeros(2, 4)
+        torch.testing.assert_close(made["a"](torch.ones(2, 6)), want)
+        assert made["b"][0].weight is not net["b"][0].weight
+    assert isinstance(net["a"], nn.Linear)
+
+
 def test_saved_and_loaded_plans_are_equal(tmp_path):
     plan = Plan(
         edits=(Keep(tensor="a.weight", dim=1, index=((0, 1), (1, 2))), AddBias(module="a", size=2)),
@@ -75,6 +88,10 @@ def test_keyword_inputs_come_back_as_a_dict():
         (Keep(tensor="0.weight", dim=0, index=(9,)), "shape (3, 4)"),
         (Keep(tensor="0.weight", dim=5, index=(0,)), "shape (3, 4)"),
         (SetAttribute(module="9", name="x", value=1), "no module '9'"),
+        (Factorize(module="9", method="svd", ranks=(1,), bias=True), "no module '9'"),
+        (Factorize(module="", method="svd", ranks=(1,), bias=True), "neither a linear layer nor a convolution"),
+        (Factorize(module="0", method="svd", ranks=(4,), bias=True), "0: svd takes ranks from 1 to (3,), not (4,)"),
+        (Factorize(module="0", method="cp", ranks=(1,), bias=True), "does not factorise"),
         (SetAttribute(module="0", name="nope", value=1), "no attribute 'nope'"),
     ],
 )

@@ -12,11 +12,12 @@ if TYPE_CHECKING:
     from gossamer.distillation import distill
     from gossamer.exporting import export
     from gossamer.flow import compress
+    from gossamer.lowrank import factorize
     from gossamer.plan import Plan
     from gossamer.profiling import benchmark, profile
     from gossamer.pruning import prune
     from gossamer.quantization import quantize
-    from gossamer.recipe import Budget, Cluster, Distill, Fit, Prune, Quantize, Recipe, Sparsify
+    from gossamer.recipe import Budget, Cluster, Distill, Factorize, Fit, Prune, Quantize, Recipe, Sparsify
     from gossamer.result import Profile, Proof, Result
     from gossamer.run_folder import load
     from gossamer.sharing import cluster
@@ -32,6 +33,7 @@ _HOME = {
     "compress": "gossamer.flow",
     "distill": "gossamer.distillation",
     "export": "gossamer.exporting",
+    "factorize": "gossamer.lowrank",
     "fit": "gossamer.training",
     "load": "gossamer.run_folder",
     "load_data": "gossamer.sources",
@@ -43,6 +45,7 @@ _HOME = {
     "Budget": "gossamer.recipe",
     "Cluster": "gossamer.recipe",
     "Distill": "gossamer.recipe",
+    "Factorize": "gossamer.recipe",
     "Fit": "gossamer.recipe",
     "Plan": "gossamer.plan",
     "Profile": "gossamer.result",
@@ -59,6 +62,7 @@ __all__ = [
     "Budget",
     "Cluster",
     "Distill",
+    "Factorize",
     "Fit",
     "Plan",
     "Profile",
@@ -75,6 +79,7 @@ __all__ = [
     "compress",
     "distill",
     "export",
+    "factorize",
     "fit",
     "load",
     "load_data",

@@ -51,6 +51,39 @@ class Prune(_Step):
         return self
 
 
+class Factorize(_Step):
+    """Replace layers by products of smaller ones.
+
+    Exactly one of ``rank`` (of each group: an integer, a fraction of the full rank, two of either for Tucker-2, or ``evbmf``), ``energy``
+    (fraction to keep of the squared singular values), ``macs``, ``params`` (fractions of the network's to keep) and ``latency`` (fraction of
+    the original's in ONNX Runtime, or ``"5ms"``). ``method`` is one, or several to choose from; ``auto`` takes what is faster in the runtime.
+    """
+
+    kind: ClassVar[str] = "factorize"
+    method: Literal["auto", "svd", "spatial_svd", "tucker2", "cp"] | tuple[Literal["svd", "spatial_svd", "tucker2", "cp"], ...] = "auto"
+    rank: (
+        Annotated[int, Field(ge=1)]
+        | Annotated[float, Field(gt=0, lt=1)]
+        | Literal["evbmf"]
+        | tuple[Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)], ...]
+        | None
+    ) = None
+    energy: float | None = Field(None, gt=0, le=1)
+    macs: float | None = Field(None, gt=0, lt=1)
+    params: float | None = Field(None, gt=0, lt=1)
+    latency: Annotated[float, Field(gt=0, lt=1)] | str | None = None
+    ignore: tuple[str, ...] = ()
+    round_to: int | None = Field(None, ge=1)
+    reestimate_bn: bool = True
+    samples: int = Field(64, ge=1)
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Factorize:
+        if sum(t is not None for t in (self.rank, self.energy, self.macs, self.params, self.latency)) != 1:
+            raise ValueError("factorize needs exactly one of rank, energy, macs, params and latency")
+        return self
+
+
 class Sparsify(_Step):
     """Set single weights to zero: the coded weights file shrinks; ONNX Runtime gets neither faster nor smaller.
 
@@ -163,8 +196,9 @@ class Quantize(_Step):
     ignore: tuple[str, ...] = ()
 
 
-Step = Prune | Sparsify | Cluster | Fit | Distill | Quantize
-STEPS: dict[str, type[_Step]] = {s.kind: s for s in (Prune, Sparsify, Cluster, Fit, Distill, Quantize)}
+Step = Prune | Factorize | Sparsify | Cluster | Fit | Distill | Quantize
+_ORDER = ("prune", "factorize", "sparsify", "cluster")
+STEPS: dict[str, type[_Step]] = {s.kind: s for s in (Prune, Factorize, Sparsify, Cluster, Fit, Distill, Quantize)}
 
 
 class Budget(BaseModel):
@@ -295,7 +329,7 @@ class Recipe(BaseModel):
         kinds = [s.kind for s in steps]
         if "quantize" in kinds[:-1]:
             raise RecipeError(f"{where}: quantize must be the last step; nothing can be trained or cut after it")
-        for first, then in (("prune", ("sparsify", "cluster")), ("sparsify", ("cluster",))):
+        for first, then in (("prune", _ORDER[1:]), ("factorize", _ORDER[2:]), ("sparsify", _ORDER[3:])):
             late = next((k for i, k in enumerate(kinds) if k in then and first in kinds[i:]), None)
             if late:
                 raise RecipeError(f"{where}: {first} comes before {late}, which it would undo")

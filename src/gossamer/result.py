@@ -99,12 +99,19 @@ class Proof:
         return f"proof {verdict}: relative difference {self.difference:.1e} <= {self.tolerance:.0e} on {len(self.exact)} groups{tail}"
 
 
-ORDER = {"keep": "prune", "mask": "sparsify", "share": "cluster", "quantize_weight": "quantize", "quantize_activation": "quantize"}
+ORDER = {
+    "keep": "prune",
+    "factorize": "factorize",
+    "mask": "sparsify",
+    "share": "cluster",
+    "quantize_weight": "quantize",
+    "quantize_activation": "quantize",
+}
 """Kinds of edits, and the step each comes from, in the order in which steps can follow each other: a later one would be undone."""
 
 
 def network_of(model: nn.Module | Result, step: str) -> nn.Module:
-    """The network to go on from with a step: ``"prune"``, ``"sparsify"``, ``"cluster"`` or ``"quantize"``.
+    """The network to go on from with a step: ``"prune"``, ``"factorize"``, ``"sparsify"``, ``"cluster"`` or ``"quantize"``.
 
     Raises:
         UsageError: what was given is neither a network nor a `Result`, or the step would undo what was done already: cutting channels fills

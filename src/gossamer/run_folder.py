@@ -135,7 +135,7 @@ def load(run_folder: str | Path, model: nn.Module | None = None) -> nn.Module:
         from gossamer.sources import load_model
 
         model = load_model(spec).model
-    return load_weights(Plan.load(folder / PLAN).apply(model), folder / WEIGHTS).eval()
+    return load_weights(Plan.load(folder / PLAN).apply(model, values=False), folder / WEIGHTS).eval()
 
 
 def _resume_hint(folder: Path) -> str:

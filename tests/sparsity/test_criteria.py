@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from gossamer.calibration import patches
 from gossamer.errors import UsageError
 from gossamer.sources.batches import Batch
 from gossamer.sparsity import Pattern, reconstruct, scores
-from gossamer.sparsity.reconstruction import DAMPING, patches
+from gossamer.sparsity.reconstruction import DAMPING
 
 
 def linear_data(n=3):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -37,8 +38,11 @@ class Batches:
 
     def __init__(self, source: Iterable[Any], example_inputs: Any, model: nn.Module) -> None:
         self._source, self._example_inputs, self._model = source, example_inputs, model
-        self._channels_last: bool | None = None
         self._held: list[Batch] | None = None
+        begun = iter(source)  # the layout is tried now: later a caller's hooks would see it
+        first = [split(raw, example_inputs) for raw in islice(begun, 1)]
+        self._channels_last = bool(first) and self._takes_channels_last(first[0])
+        self._begun: Iterator[Batch] | None = chain(first, (split(raw, example_inputs) for raw in begun))
 
     def __iter__(self) -> Iterator[Batch]:
         if self._held is not None:
@@ -46,17 +50,13 @@ class Batches:
             return
         held: list[Batch] | None = []
         size = 0
-        for raw in self._source:
-            batch = self._laid_out(split(raw, self._example_inputs))
+        begun, self._begun = self._begun, None
+        for found in begun if begun is not None else (split(raw, self._example_inputs) for raw in self._source):
+            batch = _channels_last(found) if self._channels_last else found
             size += sum(t.numel() * t.element_size() for t in pytree.tree_leaves(tuple(batch)) if isinstance(t, Tensor))
             held = [*held, batch] if held is not None and size <= HOLD_BYTES else None
             yield batch
         self._held = held
-
-    def _laid_out(self, batch: Batch) -> Batch:
-        if self._channels_last is None:
-            self._channels_last = self._takes_channels_last(batch)
-        return _channels_last(batch) if self._channels_last else batch
 
     def _takes_channels_last(self, batch: Batch) -> bool:
         if not any(isinstance(m, nn.Conv2d) for m in self._model.modules()):

@@ -210,7 +210,7 @@ def _load_step(job: Job, plan: Plan, network: nn.Module, place: Path) -> tuple[P
 
     record = read_json(place / "step.json")
     step_plan = Plan.load(place / "plan.json")
-    network = load_weights(step_plan.apply(network), place / "model.safetensors")
+    network = load_weights(step_plan.apply(network, values=False), place / "model.safetensors")
     proof = TypeAdapter(Proof).validate_python(record["proof"]) if record["proof"] else None
     return plan + step_plan, network, TypeAdapter(Profile).validate_python(record["profile"]), StepReport(**record["row"]), proof
 
@@ -255,7 +255,7 @@ def _finished(job: Job, folder: Path) -> Result | None:
 
     report = read(folder)
     plan = Plan.load(folder / "plan.json")
-    network = load_weights(plan.apply(job.model), folder / "model.safetensors").eval()
+    network = load_weights(plan.apply(job.model, values=False), folder / "model.safetensors").eval()
     before = _profile(job)[0]
     missed = [t for t in report.budget if not t.met]
     if missed:

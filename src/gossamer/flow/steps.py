@@ -10,7 +10,7 @@ from torch import nn
 
 from gossamer.flow.job import Job, Progress
 from gossamer.plan import Plan
-from gossamer.recipe import Cluster, Distill, Fit, Prune, Quantize, Sparsify
+from gossamer.recipe import Cluster, Distill, Factorize, Fit, Prune, Quantize, Sparsify
 from gossamer.result import Profile, Result
 
 
@@ -20,7 +20,7 @@ def run_step(
     """Apply one step.
 
     Args:
-        step: a `Prune`, `Sparsify`, `Cluster`, `Fit`, `Distill` or `Quantize`.
+        step: a `Prune`, `Factorize`, `Sparsify`, `Cluster`, `Fit`, `Distill` or `Quantize`.
         model: the network so far; not changed.
         plan: of the steps so far: training keeps its zeros and its shared weights.
         before: its profile.
@@ -39,6 +39,13 @@ def run_step(
     match step:
         case Prune():
             return _prune(step, model, job, tick)
+        case Factorize():
+            from gossamer.lowrank import factorize
+
+            options = step.model_dump()
+            return factorize(
+                model, job.example_inputs, calibration=job.calibration, threads=job.threads, seed=job.seed, progress=tick, **options
+            )
         case Sparsify():
             return _sparsify(step, model, job, folder, tick)
         case Cluster():

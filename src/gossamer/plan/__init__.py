@@ -1,11 +1,12 @@
 """The plan: what was done to a network, as plain data. Applied to a copy, saved as JSON, loaded again."""
 
-from gossamer.plan.application import apply_structure
+from gossamer.plan.application import apply_structure, replace_module
 from gossamer.plan.edits import (
     AdaptAttention,
     AddBias,
     AsGraph,
     Edit,
+    Factorize,
     InputSpec,
     Keep,
     Mask,
@@ -24,6 +25,7 @@ __all__ = [
     "AddBias",
     "AsGraph",
     "Edit",
+    "Factorize",
     "InputSpec",
     "Keep",
     "Mask",
@@ -37,6 +39,7 @@ __all__ = [
     "apply_structure",
     "input_specs",
     "pack_mask",
+    "replace_module",
     "snap",
     "unpack_mask",
 ]

@@ -9,14 +9,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from gossamer.errors import PlanError, near
-from gossamer.plan.edits import AdaptAttention, AddBias, BaseEdit, Keep, Mask, RescaleCall, SetAttribute, Share
+from gossamer.plan.edits import AdaptAttention, AddBias, BaseEdit, Factorize, Keep, Mask, RescaleCall, SetAttribute, Share
 from gossamer.plan.weights import snap, unpack_mask
 
 
-def apply_structure(model: nn.Module, edits: Sequence[BaseEdit], *, copied: bool = False) -> nn.Module:
-    """Apply the edits that change a network's structure to a copy of ``model``, and return the copy; ``copied`` says it already is one."""
+def apply_structure(model: nn.Module, edits: Sequence[BaseEdit], *, copied: bool = False, values: bool = True) -> nn.Module:
+    """Apply the edits that change a network's structure to a copy of ``model``, and return the copy; ``copied`` says it already is one.
+
+    Without ``values`` the weights of factorised layers are zero, for a caller that fills them in.
+    """
     from gossamer.adapters import adapt_attention, rescale_calls
 
     if not copied:  # tensors are cut on the way into the copy, so that no whole copy is ever held
@@ -47,6 +51,8 @@ def apply_structure(model: nn.Module, edits: Sequence[BaseEdit], *, copied: bool
                 weight = module.weight
                 assert isinstance(weight, torch.Tensor)
                 module.bias = nn.Parameter(weight.new_zeros(edit.size))
+            case Factorize():
+                model = replace_module(model, _module(model, edit.module), _factorised(model, edit, values))
             case Mask():
                 tensor = _tensor(model, edit.tensor)
                 if tuple(tensor.shape) != edit.shape:
@@ -66,6 +72,28 @@ def _module(model: nn.Module, name: str) -> nn.Module:
         return model.get_submodule(name)
     except AttributeError:
         raise PlanError(f"the network has no module {name!r}{near(name, (n for n, _ in model.named_modules()))}") from None
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """Put ``new`` wherever ``old`` is registered, in place; the network itself where that is ``old``."""
+    if model is old:
+        return new
+    for module in list(model.modules()):
+        for name in [n for n, child in module._modules.items() if child is old]:
+            module._modules[name] = new
+    return model
+
+
+def _factorised(model: nn.Module, edit: Factorize, values: bool) -> nn.Module:
+    from gossamer.lowrank import check_ranks, dims, factorize_layer, skeleton
+
+    layer = _module(model, edit.module)
+    if not isinstance(layer, nn.Linear | _ConvNd):
+        raise PlanError(f"module {edit.module!r} is a {type(layer).__name__}, neither a linear layer nor a convolution")
+    check_ranks(edit.method, dims(layer), edit.ranks, edit.module)
+    if not values:
+        return skeleton(layer, edit.method, edit.ranks, bias=edit.bias)
+    return factorize_layer(layer, method=edit.method, ranks=edit.ranks, bias=edit.bias)
 
 
 def _cut_tensors(model: nn.Module, edits: Sequence[Keep], *, by_id: bool = True) -> Any:

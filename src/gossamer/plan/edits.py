@@ -60,6 +60,19 @@ class AdaptAttention(BaseEdit):
     module: str
 
 
+class Factorize(BaseEdit):
+    """Replace a linear layer or convolution, wherever it is registered, by a sequence of smaller ones (see `gossamer.lowrank.factors_of`).
+
+    ``ranks`` is one number, or two for Tucker-2 (of the inputs, of the outputs), of each group; ``bias`` says whether the last layer has a bias.
+    """
+
+    kind: Literal["factorize"] = "factorize"
+    module: str
+    method: Literal["svd", "spatial_svd", "tucker2", "cp"]
+    ranks: tuple[int, ...]
+    bias: bool
+
+
 class Mask(BaseEdit):
     """Set entries of a weight to zero; where the network is trained afterwards, they stay zero.
 
@@ -120,10 +133,10 @@ class QuantizeActivation(BaseEdit):
 
 
 Edit = Annotated[
-    Keep | SetAttribute | RescaleCall | AdaptAttention | AddBias | Mask | Share | AsGraph | QuantizeWeight | QuantizeActivation,
+    Keep | SetAttribute | RescaleCall | AdaptAttention | AddBias | Factorize | Mask | Share | AsGraph | QuantizeWeight | QuantizeActivation,
     Field(discriminator="kind"),
 ]
-StructureEdit = Keep | SetAttribute | RescaleCall | AdaptAttention | AddBias | Mask | Share
+StructureEdit = Keep | SetAttribute | RescaleCall | AdaptAttention | AddBias | Factorize | Mask | Share
 QUANTIZE = (QuantizeWeight, QuantizeActivation)
 
 

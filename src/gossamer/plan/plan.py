@@ -20,6 +20,7 @@ from gossamer.plan.edits import (
     AsGraph,
     BaseEdit,
     Edit,
+    Factorize,
     InputSpec,
     Keep,
     Mask,
@@ -59,11 +60,13 @@ class Plan(BaseModel):
     inputs: tuple[InputSpec, ...] = ()
     version: Literal[1] = 1
 
-    def apply(self, model: nn.Module) -> nn.Module:
+    def apply(self, model: nn.Module, *, values: bool = True) -> nn.Module:
         """Apply every edit to a copy of ``model``.
 
         Args:
             model: the source network; it is not changed.
+            values: without them the weights of factorised layers are zero, for a caller that fills them in. Else they are factors of the
+                weights alone: those that were fitted to data are in the saved weights, not in the plan.
 
         Returns:
             The edited copy, in the mode (train or eval) of ``model``. A quantised one is in eval mode.
@@ -76,10 +79,10 @@ class Plan(BaseModel):
             if isinstance(edit, AsGraph):
                 from gossamer.trace.capture import capture
 
-                edited, structure = capture(apply_structure(edited, structure), self.example_inputs()), []
+                edited, structure = capture(apply_structure(edited, structure, values=values), self.example_inputs()), []
             else:
                 structure.append(edit)
-        edited = apply_structure(edited, structure)
+        edited = apply_structure(edited, structure, values=values)
         quantize = [e for e in self.edits if isinstance(e, QUANTIZE)]
         if quantize:
             from gossamer.quantization import apply_edits
@@ -144,6 +147,8 @@ class Plan(BaseModel):
                     lines.append(f"  adapt     {e.module}: attention with any number of heads")
                 case AddBias():
                     lines.append(f"  add bias  {e.module} [{e.size}]")
+                case Factorize():
+                    lines.append(f"  factorise {e.module or 'the network'}: {e.method}, rank {' and '.join(map(str, e.ranks))}")
                 case Mask():
                     lines.append(f"  mask      {e.tensor}: {e.nonzeros:,} of {prod(e.shape):,} stay")
                 case Share():

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from gossamer.adapters import free_attention
-from gossamer.calibration import Batches
+from gossamer.calibration import Batches, following_norms
 from gossamer.plan import AddBias
 from gossamer.profiling.runtime import evaluating
 from gossamer.sources.batches import Batch
@@ -123,7 +123,7 @@ def _compensate(
 ) -> tuple[list[AddBias], tuple[str, ...]]:
     calls, notes = _consumers(original, masks, batches)
     consumers = list(dict.fromkeys(calls))
-    norms = _following_norms(pruned, consumers, batches)
+    norms = following_norms(pruned, consumers, batches)
     groups = [consumers[i * len(consumers) // stages : (i + 1) * len(consumers) // stages] for i in range(stages)]
     groups = [g for g in groups if g]
     edits: list[AddBias] = []
@@ -232,36 +232,6 @@ def _measure(
         for h in handles:
             h.remove()
     return moments
-
-
-def _following_norms(model: nn.Module, names: Sequence[str], batches: Iterable[Batch]) -> dict[str, _BatchNorm]:
-    """For each layer without a bias: the batch norm whose input is exactly what that layer gave, where there is one."""
-    made: dict[int, str] = {}
-    alive: list[Tensor] = []
-    found: dict[str, list[_BatchNorm]] = {}
-
-    def give(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, out: Tensor) -> None:
-            made[id(out)] = name
-            alive.append(out)
-
-        return hook
-
-    def take(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        name = made.get(id(inputs[0]))
-        if name is not None and isinstance(module, _BatchNorm):
-            found.setdefault(name, []).append(module)
-
-    layers = {n: model.get_submodule(n) for n in names}
-    handles = [m.register_forward_hook(give(n)) for n, m in layers.items() if m.bias is None]
-    handles += [m.register_forward_pre_hook(take) for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    try:
-        _once(model, batches)
-    finally:
-        for h in handles:
-            h.remove()
-    times = [made[id(t)] for t in alive]
-    return {n: norms[0] for n, norms in found.items() if len(norms) == 1 and times.count(n) == 1}
 
 
 def _fold(

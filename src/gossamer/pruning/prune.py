@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from gossamer.calibration import reestimate_batch_norm
 from gossamer.errors import BudgetError, NothingToDo, SelectorError, UsageError, WeightsError, near
 from gossamer.plan import AsGraph, Plan, StructureEdit, input_specs
+from gossamer.profiling.targets import latency_fraction, measured_fraction
 from gossamer.pruning.allocation import Family, choose, everything, families
 from gossamer.pruning.compensation import compensate as fold_back
 from gossamer.pruning.costs import CostModel, channel_costs, mac_costs, parameter_costs
 from gossamer.pruning.importance import Importance, importance_scores
-from gossamer.pruning.latency import STEP, LatencyModel, fraction, latency_costs, measured
+from gossamer.pruning.latency import STEP, LatencyModel, latency_costs
 from gossamer.result import Profile, Result, network_of
 from gossamer.sources.batches import check_inputs
 from gossamer.surgery import Cut, cut
@@ -103,7 +104,7 @@ def prune(
     _check_finite(model)
     example_inputs = check_inputs(example_inputs)
     if kind == "latency":
-        target = within(fraction(target, model, example_inputs, threads=threads), latency)
+        target = within(latency_fraction(target, model, example_inputs, threads=threads), latency)
         round_to = round_to if round_to > 1 else STEP
     assert isinstance(target, float)
     traced = trace(model, example_inputs, attention=attention)
@@ -261,7 +262,7 @@ def _cut_to(
         after = costs(made.model, traced.example_inputs)
         said = ""
         if kind == "latency":
-            true, said = measured(model, made.model, traced.example_inputs, threads=threads)
+            true, said = measured_fraction(model, made.model, traced.example_inputs, threads=threads)
         else:
             true = {"macs": after.macs / traced.profile.macs, "params": after.params / traced.profile.params}.get(kind, target)
         found.append((true, replace(made, notes=(*made.notes, said) if said else made.notes), after))

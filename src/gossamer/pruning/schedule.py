@@ -9,7 +9,7 @@ from torch import nn
 
 from gossamer.errors import NothingToDo, UsageError, near
 from gossamer.plan import Plan
-from gossamer.pruning.latency import fraction
+from gossamer.profiling.targets import latency_fraction
 from gossamer.pruning.prune import check_form, in_form, one_target, prune, within
 from gossamer.result import Proof, Result, network_of
 from gossamer.sources.batches import check_inputs
@@ -99,7 +99,7 @@ def prune_in_steps(
     final, kind = one_target(ratio=ratio, macs=macs, params=params, latency=latency)
     example_inputs = check_inputs(example_inputs)
     if kind == "latency":
-        final = within(fraction(final, model, example_inputs, threads=int(options.get("threads", 1))), latency)
+        final = within(latency_fraction(final, model, example_inputs, threads=int(options.get("threads", 1))), latency)
     assert isinstance(final, float)
     parts = fractions(schedule, steps)
     network, done = model, 1.0

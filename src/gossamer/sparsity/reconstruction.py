@@ -13,17 +13,13 @@ brain compression", NeurIPS 2022, and "SparseGPT", ICML 2023; conjugate gradient
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from gossamer.errors import UsageError
-from gossamer.profiling.runtime import evaluating
+from gossamer.calibration import Moments, in_stages, second_moments
 from gossamer.sources.batches import Batch
 from gossamer.sparsity.criteria import owners
 from gossamer.sparsity.selection import Pattern, nm_mask, select
@@ -35,10 +31,6 @@ ITERATIONS = 8
 DAMPING = (0.1, 1.0)
 """What is added to the diagonal of H, as a fraction of its mean, lies in this range: a quarter of inputs over positions, so that few positions are not
 fitted exactly."""
-POSITIONS = 2048
-"""Most positions of a batch that a layer is measured on, drawn with a fixed seed."""
-HELD_BYTES = 2**29
-"""Second moments held at a time; layers beyond them wait for the next sweep over the batches."""
 
 
 def reconstruct(
@@ -74,8 +66,8 @@ def reconstruct(
     masks: dict[str, Tensor] = {}
     values: dict[str, Tensor] = {}
     done = 0
-    for group in _stages(layers):
-        moments = _moments(model, {n: layers[n] for n in group}, batches)
+    for group in in_stages(layers):
+        moments = second_moments(model, {n: layers[n] for n in group}, batches)
         for name in group:
             if name in moments:
                 layer = layers[name]
@@ -89,108 +81,11 @@ def reconstruct(
     return masks, values
 
 
-def _stages(layers: Mapping[str, nn.Linear | _ConvNd]) -> list[list[str]]:
-    """Layers in groups whose second moments fit in memory."""
-    out: list[list[str]] = [[]]
-    size = 0
-    for name, module in layers.items():
-        bytes_ = 4 * getattr(module, "groups", 1) * module.weight[0].numel() ** 2
-        if out[-1] and size + bytes_ > HELD_BYTES:
-            out.append([])
-            size = 0
-        out[-1].append(name)
-        size += bytes_
-    return out
-
-
-@dataclass
-class _Moments:
-    """Streaming first and second moments of a layer's input, for each group."""
-
-    n: int
-    x: Tensor
-    xx: Tensor
-
-
-def _moments(model: nn.Module, layers: Mapping[str, nn.Linear | _ConvNd], batches: Iterable[Batch]) -> dict[str, _Moments]:
-    found: dict[str, _Moments] = {}
-
-    def watch(name: str) -> Callable[..., None]:
-        def hook(module: Any, inputs: tuple[Any, ...]) -> None:
-            x_PGK = patches(module, inputs[0].detach())
-            xx = (x_PGK[:, 0].T @ x_PGK[:, 0])[None] if x_PGK.shape[1] == 1 else x_PGK.permute(1, 2, 0) @ x_PGK.transpose(0, 1)
-            m = found.get(name)
-            if m is None:
-                found[name] = _Moments(len(x_PGK), x_PGK.sum(0), xx)
-            else:
-                m.n, m.x, m.xx = m.n + len(x_PGK), m.x + x_PGK.sum(0), m.xx.add_(xx)
-
-        return hook
-
-    handles = [module.register_forward_pre_hook(watch(name)) for name, module in layers.items()]
-    try:
-        count = 0
-        with evaluating(model):
-            for batch in batches:
-                model(*batch.args, **batch.kwargs)
-                count += 1
-    finally:
-        for h in handles:
-            h.remove()
-    if not count:
-        raise UsageError("criterion='second_order' got no calibration batch: the data is empty")
-    for name, m in found.items():
-        if not bool(torch.isfinite(m.xx).all()):
-            raise UsageError(f"the inputs of {name} are not finite on the calibration data: check the data and the network")
-    return found
-
-
-def patches(module: nn.Linear | _ConvNd, x: Tensor) -> Tensor:
-    """What one output of a layer is computed from: ``(positions, groups, K)``, at most `POSITIONS` of them.
-
-    Example:
-        >>> conv = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2)
-        >>> patches(conv, torch.zeros(2, 4, 8, 8)).shape
-        torch.Size([32, 2, 18])
-    """
-    generator = torch.Generator().manual_seed(0)
-    if isinstance(module, nn.Linear):
-        rows = x.reshape(-1, 1, x.shape[-1])
-        if len(rows) > POSITIONS:
-            rows = rows[torch.randperm(len(rows), generator=generator)[:POSITIONS].to(x.device)]
-        return rows.float()
-    spatial = len(module.kernel_size)
-    x = x if x.dim() == spatial + 2 else x[None]
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    if any(module._reversed_padding_repeated_twice):
-        x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-    sizes = [
-        (n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(x.shape[2:], module.kernel_size, module.stride, module.dilation, strict=True)
-    ]
-    total = x.shape[0]
-    for n in sizes:
-        total *= n
-    drawn = torch.randperm(total, generator=generator)[:POSITIONS] if total > POSITIONS else torch.arange(total)
-    index: list[Tensor] = []
-    for axis in reversed(range(spatial)):
-        at = drawn % sizes[axis]
-        drawn = drawn // sizes[axis]
-        offsets = torch.arange(module.kernel_size[axis]) * module.dilation[axis]
-        shape = [1] * (spatial + 1)
-        shape[axis + 1] = -1
-        index.insert(0, (at * module.stride[axis]).reshape(-1, *(1,) * spatial) + offsets.reshape(shape))
-    samples = drawn.reshape(-1, *(1,) * spatial)
-    got = x.movedim(1, -1)[(samples.to(x.device), *(i.to(x.device) for i in index))]  # (P, k.., C)
-    return got.movedim(-1, 1).reshape(len(got), module.groups, -1).float()
-
-
 def _prune(
-    w0: Tensor, moments: _Moments, centre: bool, sparsity: float | None, pattern: Pattern | None, scope: str
+    w0: Tensor, moments: Moments, centre: bool, sparsity: float | None, pattern: Pattern | None, scope: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The mask of one layer, its weights, and what its outputs' means lost."""
-    mean_GK, h_GKK = moments.x / moments.n, moments.xx / moments.n
-    if centre:
-        h_GKK = h_GKK - mean_GK[:, :, None] * mean_GK[:, None]
+    mean_GK, h_GKK = moments.mean(), moments.covariance() if centre else moments.xx / moments.n
     groups, k, _ = h_GKK.shape
     average_G1 = h_GKK.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
     fraction = min(max(0.25 * k / moments.n, DAMPING[0]), DAMPING[1])
