@@ -34,7 +34,7 @@ from gossamer.memory.lowering.movement import (
     viewed,
 )
 from gossamer.memory.lowering.norms import group_norm, layer_norm, native_batch_norm, whole_batch_norm
-from gossamer.memory.lowering.pooling import adaptive_avg_pool, avg_pool, max_pool, reduced, softmax, upsample, vector_norm
+from gossamer.memory.lowering.pooling import adaptive_avg_pool, avg_pool, bare, max_pool, reduced, softmax, upsample, vector_norm
 from gossamer.memory.lowering.strides import contiguous, dense_strides
 from gossamer.memory.program import Slot
 
