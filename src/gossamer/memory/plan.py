@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,15 +125,20 @@ class MemoryPlan:
         """The plan for inputs of another batch size.
 
         Raises:
-            UsageError: something else than the batch size differs, or the network cannot be captured for any batch size.
+            UsageError: something else than the batch size differs.
+            ExportError: the network cannot be captured at that batch size.
         """
         for old, new in zip(self.signature, values, strict=True):
             shape = tuple(new.shape) if isinstance(new, Tensor) else new
             if shape != old and not (isinstance(old, tuple) and isinstance(shape, tuple) and old[1:] == shape[1:] and old):
                 raise UsageError(f"the network was planned for an input {old}, not {shape}: only the batch size may differ; plan again")
-        if not self._source.graph.meta["dynamic_batch"]:
-            raise UsageError(f"the network runs at the planned batch size only: {'; '.join(self._source.graph.meta['notes'])}")
-        return _plan(self._source, values)
+        source = self._source
+        if source.static is not None:
+            from gossamer.trace.capture import capture
+
+            inputs = dict(zip(source.names, values, strict=True)) if source.names is not None else tuple(values)
+            source = replace(source, graph=capture(source.static, inputs))
+        return _plan(source, values)
 
     def packed(self) -> MemoryPlan:
         """The same plan with weights laid out for the kernels."""
@@ -151,6 +157,7 @@ class _Source:
     reorder: bool
     patches: Any
     ram_budget: int | None
+    static: nn.Module | None = None  # where the graph holds for one batch size only
 
 
 def plan_memory(
@@ -216,7 +223,8 @@ def plan_memory(
     graph = capture(network, inputs)
     names = tuple(inputs) if isinstance(inputs, dict) else None
     values = pytree.tree_leaves(((), inputs) if names is not None else (inputs, {}))
-    return _plan(_Source(graph, names, inplace, reorder, grid, budget), values)
+    static = None if graph.meta["dynamic_batch"] else copy.deepcopy(network)
+    return _plan(_Source(graph, names, inplace, reorder, grid, budget, static), values)
 
 
 def _plan(source: _Source, values: list[Any]) -> MemoryPlan:

@@ -47,7 +47,7 @@ def _best_join(graph: fx.GraphModule, inputs: list[Any], plain: Program, copying
         found = lives(best, inplace=inplace)
         slabs = {slab for slab, *_ in homes(plain, leave=leave).values()}
         at = _moment(found, len(best.steps))
-        there = [x for x in found if x.first <= at <= x.last and best.keys[x.buffers[0]] in slabs] if found else []
+        there = [x for x in found if x.buffers and x.first <= at <= x.last and best.keys[x.buffers[0]] in slabs] if found else []
         if not there:
             break
         leave |= {best.keys[x.buffers[0]] for x in there}

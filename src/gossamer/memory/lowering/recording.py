@@ -36,8 +36,10 @@ class Recorder(TorchDispatchMode):
         self._homes = dict(homes or {})
         self._ids: dict[int, int] = {}
         self.bases: list[Tensor] = []
+        self._kept: list[Tensor] = []
         self._slabs: dict[str, Tensor] = {}
         self._count: dict[str, int] = {}
+        self._constants: dict[int, Tensor] = {}
 
     # --- tensors without memory
 
@@ -72,12 +74,25 @@ class Recorder(TorchDispatchMode):
         """A step's argument: a view of a buffer, or a constant as it is."""
         if tensor is None or not isinstance(tensor, Tensor) or not tensor.is_meta:
             return tensor
+        constant = self._constants.get(tensor.untyped_storage()._cdata)
+        if constant is not None:
+            return constant.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
         number = self._ids[tensor.untyped_storage()._cdata]
         return View(number, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
 
     def key(self, tensor: Tensor) -> str:
         """The name of a tensor's buffer."""
         return self.keys[self._ids[tensor.untyped_storage()._cdata]]
+
+    def without_memory(self, value: Any) -> Any:
+        """A constant as a tensor without memory, for operations that want all their arguments on one device."""
+        if not isinstance(value, Tensor) or value.is_meta:
+            return value
+        real = value.detach().contiguous()
+        bare = torch.empty(real.shape, dtype=real.dtype, device="meta")
+        self._kept.append(bare)
+        self._constants[bare.untyped_storage()._cdata] = real.view(-1)
+        return bare
 
     def emit(self, kernel: str, reads: Any, writes: Any, /, **rest: Any) -> None:
         """Add a step; ``into``, ``scratch`` and ``outside`` are the step's, everything else becomes its options."""
@@ -112,7 +127,7 @@ def record(graph: fx.GraphModule, inputs: list[Any], *, homes: Any = None) -> Pr
         inputs: one item for each input of the graph, tensors or plain values.
         homes: where buffers that a concatenation reads have their place; see `gossamer.memory.joining`.
     """
-    from gossamer.memory.lowering.rules import NODES, op_name
+    from gossamer.memory.lowering.rules import op_name
 
     recorder = Recorder(homes)
     env: dict[fx.Node, Any] = {}
@@ -133,7 +148,7 @@ def record(graph: fx.GraphModule, inputs: list[Any], *, homes: Any = None) -> Pr
                 outputs = fx.node.map_arg(node.args[0], env.__getitem__)
             else:
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
-                env[node] = _run(recorder, node, NODES.get(op_name(node.target)), args, kwargs)
+                env[node] = _run(recorder, node, op_name(node.target), args, kwargs)
     leaves = pytree.tree_leaves(outputs)
     return Program(
         tuple(recorder.steps),
@@ -145,16 +160,24 @@ def record(graph: fx.GraphModule, inputs: list[Any], *, homes: Any = None) -> Pr
     )
 
 
-def _run(recorder: Recorder, node: fx.Node, rule: Any, args: Any, kwargs: Any) -> Any:
+ONE_DEVICE = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
+
+
+def _run(recorder: Recorder, node: fx.Node, name: str, args: Any, kwargs: Any) -> Any:
+    from gossamer.memory.lowering.rules import NODES
+
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     if node.target is operator.getitem or not any(t.is_meta for t in tensors):
         assert callable(node.target)
         return node.target(*args, **kwargs)
+    rule = NODES.get(name)
     if rule is not None:
         result = rule(recorder, *args, **kwargs)
         if result is not NotImplemented:
             return result
     assert callable(node.target)
+    if name in ONE_DEVICE:
+        args, kwargs = pytree.tree_map(recorder.without_memory, (args, kwargs))
     with recorder:
         return node.target(*args, **kwargs)
 

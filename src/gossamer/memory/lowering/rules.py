@@ -120,6 +120,8 @@ def primitive(r: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
         result = rule(r, *args, **kwargs)
         if result is not NotImplemented:
             return result
+    if name.endswith("_") and name[:-1] in POINTWISE and func._schema.is_mutable:
+        return _pointwise(r, name[:-1], args[0], args, kwargs, out=args[0])
     outcome = _shapes(func, args, kwargs)
     if name in POINTWISE and isinstance(outcome, Tensor):
         return _pointwise(r, name, outcome, args, kwargs)
@@ -135,7 +137,7 @@ def _shapes(func: Any, args: Any, kwargs: Any) -> Any:
         raise ExportError(f"memory cannot be planned: nothing is known about the output of {func}: {str(e).splitlines()[0]}") from None
 
 
-def _pointwise(r: Recorder, name: str, outcome: Tensor, args: Any, kwargs: Any) -> Any:
+def _pointwise(r: Recorder, name: str, outcome: Tensor, args: Any, kwargs: Any, out: Tensor | None = None) -> Any:
     slots: list[Any] = []
 
     def slot(t: Any) -> Any:
@@ -146,6 +148,9 @@ def _pointwise(r: Recorder, name: str, outcome: Tensor, args: Any, kwargs: Any) 
 
     template = pytree.tree_map(slot, (tuple(args), dict(kwargs)))
     same = [i for i, t in enumerate(slots) if t.is_meta and t.shape == outcome.shape]
+    if out is not None:
+        r.emit("pointwise", slots, (out,), op=name, template=template)
+        return out
     dtype = torch.bool if name in COMPARISONS else outcome.dtype
     out = r.allocate(outcome.shape, dense_strides(slots[same[0]]) if same else contiguous(outcome.shape), dtype)
     r.emit("pointwise", slots, (out,), into=tuple(i for i in same if slots[i].dtype == dtype), op=name, template=template)
@@ -163,12 +168,7 @@ def _as_it_is(r: Recorder, func: Any, outcome: Any, args: Any, kwargs: Any) -> A
 
     template = pytree.tree_map(slot, (tuple(args), dict(kwargs)))
     leaves, spec = pytree.tree_flatten(outcome)
-    outs = [
-        r.allocate(t.shape, t.stride() if t.is_non_overlapping_and_dense() else torch.empty(t.shape, device="meta").stride(), t.dtype)  # type: ignore[attr-defined]
-        if isinstance(t, Tensor)
-        else t
-        for t in leaves
-    ]
+    outs = [r.allocate(t.shape, dense_strides(t), t.dtype) if isinstance(t, Tensor) else t for t in leaves]
     tensors = [t for t in outs if isinstance(t, Tensor)]
     outside = sum(t.numel() * t.element_size() for t in tensors)
     r.emit("as_it_is", slots, tensors, outside=outside, func=func, template=template)
