@@ -12,6 +12,8 @@ planned buffers of its program.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import json
 import statistics
 import subprocess
@@ -20,6 +22,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -149,11 +152,10 @@ def folded(net: nn.Module) -> nn.Module:
     """Batch norms folded by torch.fx, channels-last."""
     from torch.fx.experimental.optimization import fuse
 
-    try:
-        net = fuse(net)
-    except Exception:  # no norm to fold where the network cannot be traced
-        pass
-    return net.to(memory_format=torch.channels_last)
+    made = copy.deepcopy(net)
+    with contextlib.suppress(Exception):  # no norm to fold where the network cannot be traced
+        made = fuse(made)
+    return made.to(memory_format=torch.channels_last)
 
 
 ORT = """
@@ -216,14 +218,14 @@ def compare(names: list[str], rounds: int) -> list[dict[str, Any]]:
         y = x.to(memory_format=torch.channels_last)
         row: dict[str, Any] = {"name": name, "arena": plan.arena_bytes, "bound": plan.lower_bound_bytes}
         runs: dict[str, Callable[[], Any]] = {
-            "eager": lambda n=net: n(x),
-            "folded": lambda n=last, y=y: n(y),
-            "arena": lambda c=compiled: c(x),
+            "eager": partial(net, x),
+            "folded": partial(last, y),
+            "arena": partial(compiled, x),
         }
         try:
             patched = gs.plan_memory(net, (x,), patches="auto")
             row |= {"patches": patched.arena_bytes, "grid": patched.patching.grid, "recomputed": patched.patching.recomputed}
-            runs["patches"] = lambda c=patched.compile(): c(x)
+            runs["patches"] = partial(patched.compile(), x)
         except gs.errors.NothingToDo as e:
             row["patches_error"] = str(e)
         with torch.no_grad():
