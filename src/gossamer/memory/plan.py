@@ -143,8 +143,7 @@ class MemoryPlan:
     def packed(self) -> MemoryPlan:
         """The same plan with weights laid out for the kernels."""
         with torch.no_grad():
-            steps = tuple(packed(s) if s.kernel == "convolution" else s for s in self.program.steps)
-        return replace(self, program=replace(self.program, steps=steps))
+            return replace(self, program=_packed(self.program))
 
 
 @dataclass(frozen=True)
@@ -264,6 +263,16 @@ def _plan(source: _Source, values: list[Any]) -> MemoryPlan:
         signature=tuple(tuple(v.shape) if isinstance(v, Tensor) else v for v in values),
         _source=source,
     )
+
+
+def _packed(program: Program) -> Program:
+    steps = []
+    for step in program.steps:
+        if step.kernel == "patches":
+            inner = step.options["inner"]
+            step = step.with_options(inner=replace(inner, program=_packed(inner.program)))
+        steps.append(packed(step) if step.kernel == "convolution" else step)
+    return replace(program, steps=tuple(steps))
 
 
 def _outside(program: Program) -> dict[str, int]:

@@ -20,8 +20,8 @@ from gossamer.memory.kernels.pointwise import POINTWISE, same_place
 from gossamer.memory.program import Step, View
 
 Call = Callable[[], Any]
-FEW_PIXELS = 200
-"""Below this many pixels oneDNN's packed weights beat a matrix product."""
+FEW_PIXELS, MANY_WEIGHTS = 200, 1 << 16
+"""For fewer pixels and more weights than these, oneDNN's packed weights beat a matrix product."""
 
 
 @cache
@@ -45,7 +45,8 @@ def _as_matrix(step: Step) -> bool:
     assert x is not None
     dense = dense_image(out.shape, out.stride) and dense_image(x.shape, x.stride)  # type: ignore[arg-type]
     pixels = out.shape[0] * out.shape[2] * out.shape[3]
-    return not (onednn() and dense and (accumulates or pixels < FEW_PIXELS))
+    large = pixels < FEW_PIXELS and out.shape[1] * x.shape[1] > MANY_WEIGHTS
+    return not (onednn() and dense and (accumulates or large))
 
 
 def convolution_scratch(step: Step) -> int:

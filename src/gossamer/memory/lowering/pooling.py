@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gossamer.memory.lowering.contractions import copied, spread
-from gossamer.memory.lowering.strides import channels_last, dense_strides, image_strides
+from gossamer.memory.lowering.strides import channels_last, channels_last_strides, dense_strides, image_strides
 
 if TYPE_CHECKING:
     from gossamer.memory.lowering.recording import Recorder
@@ -100,9 +100,9 @@ def upsample(name: str) -> Callable[..., Any]:
     def rule(r: Recorder, x: Any, size: Any, *rest: Any) -> Any:
         if x.dim() != 4 or x.dtype != torch.float32:
             return NotImplemented
-        x = dense(r, x)
+        x = x if channels_last(x) else copied(r, x, channels_last_strides(x.shape))  # on others the kernel allocates
         shape = (*x.shape[:2], *(int(s) for s in size))
-        out = r.allocate(shape, image_strides(x, shape), x.dtype)
+        out = r.allocate(shape, channels_last_strides(shape), x.dtype)
         r.emit("upsample", (x,), (out,), op=name, args=([int(s) for s in size], *rest))
         return out
 
