@@ -5,9 +5,11 @@ Which stage (up to which tensor) and which grid is chosen for the smallest arena
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 from gossamer.errors import BudgetError, NothingToDo, UsageError
 from gossamer.memory.liveness import aligned, lives, peak
@@ -101,7 +103,11 @@ def patched(
         without: bytes of the arena without patches.
     """
     total = sum(macs(s) for s in program.steps)
-    found = list(_candidates(program, grid if isinstance(grid, tuple) else None, inplace))
+    most_added = MOST_RECOMPUTED * total
+    search = partial(_candidates, program, grid if isinstance(grid, tuple) else None, inplace, most_added=most_added)
+    found = list(search(math.inf if budget is None else budget, wants_smallest=budget is None))
+    if budget is not None and not any(c.arena <= budget for c in found):
+        found = list(search(math.inf, wants_smallest=True))
     if not found:
         if budget is not None and grid is None:
             raise BudgetError(f"the arena takes {without} bytes, more than ram_budget={budget}, and no stage can run patch by patch")
@@ -116,7 +122,7 @@ def patched(
     elif isinstance(grid, tuple):
         chosen = smallest
     else:
-        cheap = [c for c in found if c.added <= MOST_RECOMPUTED * total and c.arena < without]
+        cheap = [c for c in found if c.added <= most_added and c.arena < without]
         if not cheap:
             raise NothingToDo(
                 f"no patches make the arena of {without} bytes smaller at {MOST_RECOMPUTED:.0%} more multiply-adds: give a grid"
@@ -128,10 +134,14 @@ def patched(
     )
 
 
-def _candidates(program: Program, grid: tuple[int, int] | None, inplace: bool) -> Iterator[_Candidate]:
-    lowest: int | None = None
+def _candidates(
+    program: Program, grid: tuple[int, int] | None, inplace: bool, limit: float, *, wants_smallest: bool, most_added: float
+) -> Iterator[_Candidate]:
+    """Stages and grids; not those whose remaining network is above the limit already, nor above an arena found where the smallest is wanted."""
     for stage in stages(program):
         rest = _rest(program, stage, inplace)
+        if rest > limit:
+            continue
         own = sum(macs(s) for s in stage.steps)
         fixed = aligned(program.sizes[stage.image.buffer], 64) + aligned(program.sizes[stage.result.buffer], 64)
         for g in [grid] if grid is not None else _grids(stage.result):
@@ -144,7 +154,8 @@ def _candidates(program: Program, grid: tuple[int, int] | None, inplace: bool) -
             height = peak(lives(inner.program, inplace=inplace), len(steps))
             added = g[0] * g[1] * sum(macs(s) for s in steps) - own
             arena = max(rest, fixed + height)
-            lowest = arena if lowest is None else min(lowest, arena)
+            if grid is None and wants_smallest and added <= most_added:
+                limit = min(limit, arena)
             yield _Candidate(stage, g, arena, added)
 
 

@@ -234,7 +234,8 @@ def _plan(source: _Source, values: list[Any]) -> MemoryPlan:
     given = peak(lives(program, inplace=source.inplace, alignment=ALIGNMENT), steps)
     if source.reorder:
         ordering = best_order(program, inplace=source.inplace, alignment=ALIGNMENT)
-        program, any_order = reordered(program, ordering.order), ordering.bound
+        program = reordered(program, ordering.order)
+        any_order = ordering.peak if ordering.exact else ordering.bound
     else:
         any_order = bound_over_orders(program, inplace=source.inplace, alignment=ALIGNMENT)
     found, placed = _placed(program, source.inplace)
