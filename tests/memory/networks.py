@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from gossamer.memory import MemoryPlan
+from gossamer.memory import plan as planning
 
 
 def livened(model: nn.Module) -> nn.Module:
@@ -17,6 +22,11 @@ def livened(model: nn.Module) -> nn.Module:
             m.weight.data.uniform_(0.5, 1.5)
             m.bias.data.uniform_(-0.3, 0.3)
     return model.eval()
+
+
+def again(plan: MemoryPlan, inputs: tuple, **changes) -> MemoryPlan:
+    """Another plan of the same captured network."""
+    return planning._plan(dataclasses.replace(plan._source, **changes), list(inputs))
 
 
 def block(i: int, o: int, k: int = 3, s: int = 1, g: int = 1, d: int = 1, act: nn.Module | None = None) -> nn.Sequential:

@@ -13,7 +13,6 @@ from watching import taken
 import gossamer as gs
 from gossamer.errors import UsageError
 from gossamer.memory.kernels import convolutions
-from gossamer.models import mobilenet_v2
 
 LIMIT = 64 << 10
 
@@ -22,11 +21,11 @@ LIMIT = 64 << 10
 def test_another_batch_size_is_planned_once(make):
     net = livened(make())
     compiled = gs.plan_memory(net, (torch.randn(1, 3, 16, 16),)).compile()
-    for n in (1, 3, 1, 5, 3):
+    for n in (1, 3, 1, 3):
         x = torch.randn(n, 3, 16, 16)
         with torch.no_grad():
             torch.testing.assert_close(compiled(x), net(x), atol=1e-5, rtol=1e-5)
-    assert compiled.idle_arenas == 3
+    assert compiled.idle_arenas == 2
     with pytest.raises(UsageError, match="batch size"):
         compiled(torch.randn(1, 3, 8, 8))
     with pytest.raises(UsageError, match="1 inputs, not 2"):
@@ -88,10 +87,13 @@ def test_it_only_infers():
 
 
 @pytest.mark.skipif(not convolutions.onednn(), reason="without oneDNN, a test of its own")
-@pytest.mark.parametrize(("make", "shape"), [(Dense, (1, 3, 64, 64)), (Attention, (1, 3, 64, 64)), (mobilenet_v2, (1, 3, 128, 128))])
-def test_a_run_takes_next_to_nothing_from_the_allocator(make, shape):
-    net, x = livened(make()), torch.randn(shape)
-    compiled = gs.plan_memory(net, (x,)).compile()
+@pytest.mark.parametrize(("make", "shape"), [(Dense, (1, 3, 64, 64)), (Attention, (1, 3, 64, 64)), (None, ())])
+def test_a_run_takes_next_to_nothing_from_the_allocator(make, shape, mobilenet):
+    net, x, plan = mobilenet
+    if make is not None:
+        net, x = livened(make()), torch.randn(shape)
+        plan = gs.plan_memory(net, (x,))
+    compiled = plan.compile()
     compiled(x)
     eager = taken(lambda: net(x))
     own = taken(lambda: compiled(x))
@@ -102,7 +104,7 @@ def test_a_run_takes_next_to_nothing_from_the_allocator(make, shape):
 def test_without_onednn_the_same_comes_out(monkeypatch):
     convolutions.onednn.cache_clear()
     monkeypatch.setattr(convolutions, "onednn", lambda: False)
-    for make in (Dense, lambda: Random(1), lambda: Random(4)):
+    for make in (Dense, lambda: Random(1)):
         net, x = livened(make()), torch.randn(2, 3, 10, 12)
         compiled = gs.plan_memory(net, (x,)).compile()
         with torch.no_grad():

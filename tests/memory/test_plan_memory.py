@@ -7,14 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from networks import Attention, Branches, Dense, Random, block, livened
+from networks import Attention, Branches, Dense, Random, again, block, livened
 from torch import nn
 from torch.nn import functional as F
 
 import gossamer as gs
 from gossamer.errors import BudgetError, ExportError, NothingToDo, UsageError
 from gossamer.memory import ArenaModule
-from gossamer.models import mobilenet_v2
 
 
 def agrees(model: nn.Module, inputs: tuple, plan: gs.MemoryPlan, tolerance: float = 1e-5) -> ArenaModule:
@@ -57,7 +56,7 @@ def test_a_residual_is_added_where_it_lies():
     assert plan.arena_bytes == 2 * unit  # x and the middle; the sum lies on x
     assert len(plan.program.steps) == 2
     agrees(net, (x,), plan)
-    assert gs.plan_memory(net, (x,), inplace=False).arena_bytes == 3 * unit
+    assert again(plan, (x,), inplace=False).arena_bytes == 3 * unit
 
 
 def test_what_is_read_again_is_not_written_over():
@@ -86,7 +85,7 @@ def test_concatenations_cost_nothing():
     agrees(net, (x,), plan)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", [*range(5), *(pytest.param(i, marks=pytest.mark.slow) for i in range(5, 40))])
 def test_random_graphs(seed):
     net, x = livened(Random(seed)), torch.randn(2, 3, 9, 11)
     plan = gs.plan_memory(net, (x,))
@@ -96,7 +95,7 @@ def test_random_graphs(seed):
     for i, (a, b, low, high) in enumerate(spans):
         assert all(b < c or d < a or high <= e or f <= low for c, d, e, f in spans[:i])
     agrees(net, (x,), plan)
-    assert plan.lower_bound_bytes <= gs.plan_memory(net, (x,), reorder=False).lower_bound_bytes
+    assert plan.lower_bound_bytes <= again(plan, (x,), reorder=False).lower_bound_bytes
 
 
 def test_a_wrong_plan_is_seen():
@@ -114,7 +113,8 @@ def test_a_wrong_plan_is_seen():
 
 def test_reordering_lowers_the_peak():
     net, x = livened(Branches()), torch.rand(1, 3, 16, 16)
-    plan, given = gs.plan_memory(net, (x,)), gs.plan_memory(net, (x,), reorder=False)
+    plan = gs.plan_memory(net, (x,))
+    given = again(plan, (x,), reorder=False)
     assert plan.arena_bytes < 0.6 * given.arena_bytes
     assert plan.given_order_bytes == given.lower_bound_bytes
     assert "Reordered" in str(plan)
@@ -143,9 +143,8 @@ def test_an_operation_that_cannot_write_into_the_arena_is_named_and_counted():
     agrees(Sorted(), (x,), plan)
 
 
-def test_a_plan_of_mobilenet_is_not_above_the_published_bytes():
-    net = livened(mobilenet_v2())
-    plan = gs.plan_memory(net, (torch.zeros(1, 3, 224, 224),))
+def test_a_plan_of_mobilenet_is_not_above_the_published_bytes(mobilenet):
+    _, _, plan = mobilenet
     assert plan.arena_bytes <= 5.743 * 2**20
     assert plan.any_order_bound_bytes == plan.arena_bytes
     data = json.loads(json.dumps(plan.to_json()))
@@ -159,7 +158,7 @@ def test_a_plan_of_mobilenet_is_not_above_the_published_bytes():
 
 def test_the_same_inputs_give_the_same_plan():
     x = torch.randn(1, 3, 9, 11)
-    first, second = (gs.plan_memory(livened(Random(5)), (x,)) for _ in range(2))
+    first, second = (gs.plan_memory(livened(Random(5, 6)), (x,)) for _ in range(2))
     assert first.to_json() == second.to_json()
 
 
@@ -171,8 +170,8 @@ def test_the_network_stays_as_it_is():
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
-def test_the_picture(tmp_path):
-    plan = gs.plan_memory(livened(Dense()), (torch.rand(1, 3, 16, 16),))
+def test_the_picture(tmp_path, mobilenet):
+    _, _, plan = mobilenet
     from PIL import Image
 
     with Image.open(plan.picture(tmp_path / "plan.png")) as picture:
