@@ -156,6 +156,13 @@ def test_a_plan_of_mobilenet_is_not_above_the_published_bytes(mobilenet):
     assert all(len(line) <= 200 for line in table.splitlines())
 
 
+def test_the_profile_says_what_the_plan_takes(mobilenet):
+    net, x, plan = mobilenet
+    assert gs.profile(net, (x,)).peak_activation_bytes == plan.arena_bytes
+    small, x = gs.load_model("gossamer:resnet8").model.eval(), torch.rand(1, 3, 32, 32)
+    assert gs.profile(small, (x,)).peak_activation_bytes == gs.plan_memory(small, (x,)).arena_bytes
+
+
 def test_the_same_inputs_give_the_same_plan():
     x = torch.randn(1, 3, 9, 11)
     first, second = (gs.plan_memory(livened(Random(5, 6)), (x,)) for _ in range(2))
