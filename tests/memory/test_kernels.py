@@ -70,7 +70,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if "," in n else n for n in CASES])
 def test_a_kernel_computes_what_torch_does_and_allocates_next_to_nothing(name):
     net, shape = CASES[name]
     net.eval()

@@ -56,7 +56,9 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", [n if n in ("pooling", "residuals", "branches") else pytest.param(n, marks=pytest.mark.slow) for n in NETWORKS]
+)
 def test_patches_change_nothing(name):
     net = livened(NETWORKS[name]())
     x = torch.randn(2, 3, 37, 42)

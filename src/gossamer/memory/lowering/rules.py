@@ -112,6 +112,10 @@ PRIMITIVES: dict[str, Callable[..., Any]] = {
 }
 
 
+SAME_SHAPE = frozenset({"relu", "hardtanh", "hardswish", "hardsigmoid", "silu", "gelu", "sigmoid", "tanh"})
+"""Operations whose output is like their input, which need not be asked for."""
+
+
 def primitive(r: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     """Steps of a primitive operation; what it returns has no memory, like its arguments."""
     name = op_name(func)
@@ -122,7 +126,8 @@ def primitive(r: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
             return result
     if name.endswith("_") and name[:-1] in POINTWISE and func._schema.is_mutable:
         return _pointwise(r, name[:-1], args[0], args, kwargs, out=args[0])
-    outcome = _shapes(func, args, kwargs)
+    same = name in SAME_SHAPE and args[0].is_floating_point()
+    outcome = args[0] if same else _shapes(func, args, kwargs)
     if name in POINTWISE and isinstance(outcome, Tensor):
         return _pointwise(r, name, outcome, args, kwargs)
     return _as_it_is(r, func, outcome, args, kwargs)
