@@ -35,14 +35,23 @@ HUGE = ("regnet_y_128gf", "vit_h_14")  # two and a half gigabytes of weights
 PARTS = ("mobilenet_v2", "resnet50", "densenet121", "efficientnet_b0", "vit_b_16")
 
 
+def regnet_y_128gf() -> nn.Module:
+    """The network without weights; its block widths are computed with tensors, which need memory."""
+    from torchvision.models.regnet import BlockParams, RegNet
+
+    with torch.device("cpu"):
+        params = BlockParams.from_init_params(depth=27, w_0=456, w_a=160.83, w_m=2.52, group_width=264, se_ratio=0.25)
+    return RegNet(params, norm_layer=partial(nn.BatchNorm2d, eps=1e-05, momentum=0.1)).eval()
+
+
 def build(name: str) -> tuple[nn.Module, Tensor]:
     """A torchvision network whose norms and head do something, and an input."""
     import torchvision
 
     torch.manual_seed(0)
     if name in HUGE:
-        with torch.device("meta") if name.startswith("vit") else contextlib.nullcontext():
-            net = torchvision.models.get_model(name, weights=None).eval()
+        with torch.device("meta"):
+            net = regnet_y_128gf() if name == "regnet_y_128gf" else torchvision.models.get_model(name, weights=None).eval()
         for m in net.modules():  # one zero for each tensor
             for store in (m._parameters, m._buffers):
                 store.update({k: torch.zeros((), dtype=t.dtype).expand(t.shape) for k, t in store.items() if t is not None})

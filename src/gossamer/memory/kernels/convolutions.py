@@ -79,8 +79,19 @@ def convolution(step: Step, reads: Sequence[Any], writes: Sequence[Tensor], scra
     return calls + _after(None if inside else act, target, out)
 
 
+def folded(step: Step) -> Step:
+    """The same step with the scale of a norm multiplied into its weight."""
+    scale, (x, w, *rest) = step.options.get("scale"), step.reads
+    if scale is None:
+        return step
+    assert isinstance(w, Tensor)
+    weight = (w.double() * scale.double().view(-1, *[1] * (w.dim() - 1))).float()
+    return replace(step.with_options(scale=None), reads=(x, weight, *rest))
+
+
 def packed(step: Step) -> Step:
-    """The same step with its weight laid out as oneDNN wants it, once for all arenas."""
+    """The same step with its weight as the kernel wants it, once for all arenas."""
+    step = folded(step)
     x, w, *rest = step.reads
     if not isinstance(w, Tensor) or not isinstance(x, View) or _as_matrix(step) or not onednn():
         return step

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gossamer.memory.kernels.convolutions import folded
 from gossamer.memory.program import Program, Slot, Step, View
 
 ACTIVATIONS = frozenset(
@@ -66,14 +67,14 @@ def _fold_norms(work: _Steps) -> None:
             continue
         at = work.maker(step.reads[0], i, "convolution")
         conv = work.steps[at] if at is not None else None
-        if at is None or conv is None or conv.reads[3] is not None or conv.options["act"] is not None:
+        if at is None or conv is None or "scale" in conv.options or conv.reads[3] is not None or conv.options["act"] is not None:
             continue
         x, w, b, _ = conv.reads
         scale, shift = (t.flatten() for t in step.reads[1:] if isinstance(t, Tensor))
         assert isinstance(w, Tensor)
         bias = shift if b is None else b * scale + shift  # type: ignore[operator]
-        folded = w.double() * scale.double().view(-1, *[1] * (w.dim() - 1))
-        work.merge(at, i, replace(conv, reads=(x, folded.float(), bias, None), writes=step.writes))
+        scaled = conv.with_options(scale=scale)  # the weight itself is multiplied when the plan is compiled
+        work.merge(at, i, replace(scaled, reads=(x, w, bias, None), writes=step.writes))
 
 
 def _accumulate_sums(work: _Steps) -> None:
@@ -120,7 +121,7 @@ def _strip(work: _Steps) -> None:
         if at is None or norm is None:
             continue
         options = {"act": step.options["act"], "norm_act": norm.options["act"]}
-        reads = (*norm.reads, *step.reads[1:3])
+        reads = (*norm.reads, *folded(step).reads[1:3])
         fused = Step(step.name, "strips", reads, step.writes, options=options)
         work.merge(i, at, fused)
         x = norm.reads[0]
