@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from gossamer.exporting import export
     from gossamer.flow import compress
     from gossamer.lowrank import factorize
+    from gossamer.memory import MemoryPlan, plan_memory
     from gossamer.plan import Plan
     from gossamer.profiling import benchmark, profile
     from gossamer.pruning import prune
@@ -38,6 +39,7 @@ _HOME = {
     "load": "gossamer.run_folder",
     "load_data": "gossamer.sources",
     "load_model": "gossamer.sources",
+    "plan_memory": "gossamer.memory",
     "profile": "gossamer.profiling",
     "prune": "gossamer.pruning",
     "quantize": "gossamer.quantization",
@@ -47,6 +49,7 @@ _HOME = {
     "Distill": "gossamer.recipe",
     "Factorize": "gossamer.recipe",
     "Fit": "gossamer.recipe",
+    "MemoryPlan": "gossamer.memory",
     "Plan": "gossamer.plan",
     "Profile": "gossamer.result",
     "Proof": "gossamer.result",
@@ -64,6 +67,7 @@ __all__ = [
     "Distill",
     "Factorize",
     "Fit",
+    "MemoryPlan",
     "Plan",
     "Profile",
     "Proof",
@@ -84,6 +88,7 @@ __all__ = [
     "load",
     "load_data",
     "load_model",
+    "plan_memory",
     "profile",
     "prune",
     "quantize",

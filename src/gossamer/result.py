@@ -47,7 +47,8 @@ class Profile:
         params: elements of all parameters, tied ones counted once.
         macs: multiply-adds of one pass.
         weight_bytes: bytes of parameters and buffers in memory, tied ones counted once.
-        peak_activation_bytes: the largest set of live activations, input included, in the order executed.
+        peak_activation_bytes: what lives together at the worst moment, input included, in the order executed, once outputs lie on inputs that
+            end and batch norms are folded: what an arena takes, planned from one forward pass. `gossamer.plan_memory` plans it exactly.
         layers: every contraction in execution order.
     """
 

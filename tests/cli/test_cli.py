@@ -30,6 +30,7 @@ OPTIONS = {
         *{"--runtime", "--threads", "--input", "--seconds", "--data", "--weights", "--picture"},
         *{"--sparse-kernels", "--json"},
     },
+    "memory": {"--input", "--weights", "--patches", "--ram-budget", "--picture", "--json"},
     "report": {"--json"},
     "demo": {"--out", "--seed", "--json"},
 }
@@ -63,6 +64,10 @@ def test_the_set_of_options_is_frozen():
         (["compress", "gossamer:resnet8", "--data", "digits", "--out", "out"], "channels"),
         (["compress", "gossamer:resnet8", "--data", "digits", "--out", "out", "--recipe", "absent.yaml"], "absent.yaml"),
         (["compress", "gossamer:resnet8", "--data", "digits", "--out", "out", "--budget", "latncy=0.5"], "latency"),
+        (["memory", "gossamer:resnet8", "--patches", "4"], "4x4"),
+        (["memory", "gossamer:resnet8", "--ram-budget", "9"], "smallest"),
+        (["memory", "gossamer:resnet8", "--ram-budget", "1.5 bananas"], "unit"),
+        (["memory", "gossamer:resnet8", "--picture", "absent/plan.png"], "absent"),
         (["report", "absent"], "absent"),
         (["bench", "absent.onnx"], "absent.onnx"),
         (["bench", "gossamer:resnet8", "--runtime", "onnxruntim"], "onnxruntime"),

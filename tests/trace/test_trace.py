@@ -40,7 +40,35 @@ def test_transposed_and_grouped_convolutions_are_counted_as_loops_would():
 
 def test_peak_activation_bytes_of_a_chain_is_the_largest_pair():
     net = nn.Sequential(nn.Linear(10, 100), nn.Linear(100, 50), nn.Linear(50, 1))
-    assert costs(net, (torch.zeros(1, 10),)).peak_activation_bytes == 4 * (10 + 100 + 50)
+    assert costs(net, (torch.zeros(1, 10),)).peak_activation_bytes == 4 * (100 + 50)
+
+
+def test_peak_activation_bytes_is_what_a_planner_shares():
+    class Net(nn.Module):
+        def __init__(self, inplace):
+            super().__init__()
+            self.stem, self.a, self.b, self.inplace = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), inplace
+            self.norm, self.head = nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x):
+            x = self.stem(x)
+            y = self.norm(self.b(self.a(x).relu().sigmoid()))
+            if self.inplace:
+                y += x
+            else:
+                y = y + x
+            return self.head(y.tanh())
+
+    unit = 4 * 16 * 16
+    for inplace in (False, True):  # x and one more tensor: the last convolution adds to x
+        assert costs(Net(inplace), (torch.zeros(1, 3, 16, 16),)).peak_activation_bytes == (8 + 8) * unit
+
+    class Kept(nn.Module):
+        def forward(self, x):
+            y = x.sigmoid()
+            return y * y.tanh() + y.exp()
+
+    assert costs(Kept(), (torch.zeros(10),)).peak_activation_bytes == 4 * 10 * 2  # tanh, and exp over y
 
 
 def test_a_residual_couples_its_branches_and_a_depthwise_convolution_its_sides():

@@ -240,6 +240,28 @@ def bench(
 
 
 @app.command()
+def memory(
+    model: ModelArg,
+    shape: Annotated[str | None, typer.Option("--input", help="Input shape, for example 1,3,224,224.")] = None,
+    weights: Weights = None,
+    patches: Annotated[str | None, typer.Option("--patches", help="First stage patch by patch: auto, or a grid such as 4x4.")] = None,
+    ram_budget: Annotated[str | None, typer.Option("--ram-budget", help="Bytes of the arena, for example 1.5MB: patches that fit.")] = None,
+    picture: Annotated[Path | None, typer.Option("--picture", help="Draw time by address into this .png, .svg or .pdf file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Plan the memory of inference: every tensor's address in one arena, with bounds; --json is the plan for other runtimes."""
+    from gossamer.cli._console import show
+    from gossamer.cli._models import open_model
+    from gossamer.memory import plan_memory
+
+    network, inputs = open_model(model, weights=weights, shape=shape)
+    plan = plan_memory(network, inputs, patches=patches, ram_budget=ram_budget)
+    if picture is not None:
+        plan.picture(picture)
+    show(plan.to_json() if as_json else plan, as_json=as_json)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN ...", help="One run folder, or several to compare.")], as_json: Json = False
 ) -> None:

@@ -1,4 +1,4 @@
-"""Peak activation memory of an ONNX file, by the liveness of the values in the graph that the runtime really executes."""
+"""Peak activation memory of an ONNX file: the arena planned for the values of the graph that the runtime really executes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,25 @@ from typing import Any
 
 import numpy as np
 
+from gossamer.memory.arena import place
+from gossamer.memory.liveness import Life, peak
+
 ALIASES = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"})  # the output shares the input's buffer
+IN_PLACE = frozenset(
+    {
+        "Add", "BatchNormalization", "Clip", "Elu", "Exp", "FusedConv", "Gelu", "HardSigmoid", "HardSwish", "LayerNormalization", "LeakyRelu", "Mul",
+        "QuickGelu", "Relu", "Sigmoid", "Softmax", "Sqrt", "Sub", "Sum", "Tanh",
+    }
+)  # fmt: skip
+RESIDUAL = {"FusedConv": 3}  # only what is added to the convolution
 
 
 def peak_activation_bytes(path: str | Path, example_inputs: Any) -> int:
-    """The largest set of live activations while ONNX Runtime executes a file, in bytes.
+    """The arena that the activations of a file need, in bytes, planned as `gossamer.plan_memory` plans.
 
     The runtime's own optimised graph is taken (fusions done, layout unchanged), each value's size is measured by running it, and
-    a value lives from the node that makes it to the last that reads it. Inputs and outputs count, weights and kernels' scratch do not.
+    a value lives from the node that makes it to the last that reads it. Results of operations element by element lie on an input that ends
+    there. Inputs and outputs count, weights and kernels' scratch do not.
 
     Args:
         path: an ONNX file.
@@ -52,17 +63,15 @@ def peak_activation_bytes(path: str | Path, example_inputs: Any) -> int:
     sizes = {name: value.nbytes for name, value in zip(outputs, session.run(outputs, feeds), strict=True) if isinstance(value, np.ndarray)}
     sizes.update({name: value.nbytes for name, value in feeds.items()})
     nodes = [(node.op_type, [n for n in node.input if n], [n for n in node.output if n]) for node in graph.node]
-    return largest_live_set(nodes, sizes, inputs=list(feeds), outputs=final)
+    return planned_bytes(nodes, sizes, inputs=list(feeds), outputs=final)
 
 
-def largest_live_set(
-    nodes: list[tuple[str, list[str], list[str]]], sizes: Mapping[str, int], *, inputs: list[str], outputs: list[str]
-) -> int:
-    """Peak of the summed sizes of live buffers over a node order.
+def planned_bytes(nodes: list[tuple[str, list[str], list[str]]], sizes: Mapping[str, int], *, inputs: list[str], outputs: list[str]) -> int:
+    """The smallest arena found for the activations of a node order.
 
     Example:
-        >>> chain = [("Conv", ["x"], ["a"]), ("Reshape", ["a"], ["b"]), ("Conv", ["b"], ["y"])]
-        >>> largest_live_set(chain, {"x": 10, "a": 30, "b": 30, "y": 5}, inputs=["x"], outputs=["y"])
+        >>> chain = [("Conv", ["x"], ["a"]), ("Relu", ["a"], ["b"]), ("Conv", ["b"], ["y"])]
+        >>> planned_bytes(chain, {"x": 10, "a": 30, "b": 30, "y": 5}, inputs=["x"], outputs=["y"])
         40
 
     Args:
@@ -71,22 +80,21 @@ def largest_live_set(
         inputs, outputs: of the graph; inputs live from the start, outputs to the end.
     """
     buffer = {name: name for name in inputs}
-    for op, reads, writes in nodes:
-        for name in writes:
-            shared = op in ALIASES and reads and reads[0] in buffer
-            buffer[name] = buffer[reads[0]] if shared else name
     last = dict.fromkeys(inputs, -1)
-    for i, (_, reads, writes) in enumerate(nodes):
-        for name in (*reads, *writes):
-            if name in buffer:
-                last[buffer[name]] = i
-    for name in outputs:
-        if name in buffer:
-            last[buffer[name]] = len(nodes)
-    live = {name: sizes.get(name, 0) for name in inputs}
-    peak = sum(live.values())
-    for i, (_, _, writes) in enumerate(nodes):
-        live.update({buffer[n]: sizes.get(buffer[n], 0) for n in writes})
-        peak = max(peak, sum(live.values()))
-        live = {name: size for name, size in live.items() if last[name] > i}
-    return peak
+    for i, (op, reads, writes) in enumerate(nodes):
+        for name in writes:
+            buffer[name] = buffer[reads[0]] if op in ALIASES and reads and reads[0] in buffer else name
+        last.update({buffer[name]: i for name in (*reads, *writes) if name in buffer})
+    kept = {buffer[name] for name in outputs if name in buffer}
+    last.update(dict.fromkeys(kept, len(nodes)))
+    root = {name: name for name in last}
+    first = dict.fromkeys(inputs, -1)
+    for i, (op, reads, writes) in enumerate(nodes):
+        made = [buffer[n] for n in writes if buffer[n] not in first]
+        first.update(dict.fromkeys(made, i))
+        ends = [root[buffer[n]] for n in reads[RESIDUAL.get(op, 0) :] if n in buffer]
+        taken = next((b for b in ends if made and last[b] == i and sizes.get(b, 0) == sizes.get(made[0], 0)), None)
+        if op in IN_PLACE and taken is not None:
+            root[made[0]], last[taken] = taken, last[made[0]]
+    found = [Life(b, (k,), sizes.get(b, 0), first[b], last[b]) for k, b in enumerate(last) if root[b] == b and sizes.get(b, 0)]
+    return place(found, peak(found, len(nodes)), seconds=0.1).size

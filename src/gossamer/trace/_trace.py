@@ -235,6 +235,6 @@ def _profile(model: nn.Module, watch: Watch) -> Profile:
         params=sum(p.numel() for p in model.parameters()) + sum(layer.params for layer in watch.costs if layer.weight in integers),
         macs=sum(layer.macs for layer in watch.costs),
         weight_bytes=sum(t.numel() * t.element_size() for t in tensors.values()),
-        peak_activation_bytes=watch.peak,
+        peak_activation_bytes=watch.memory.peak(),
         layers=tuple(watch.costs),
     )

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gossamer.result import LayerCost
 from gossamer.trace._costs import contraction_cost
 from gossamer.trace._ledger import Ledger
+from gossamer.trace._memory import Timeline
 from gossamer.trace._planes import Operand, Planes, varies
 from gossamer.trace._sites import Counter, Site, Sites
 
@@ -115,7 +116,6 @@ class Watch(TorchDispatchMode):
         self.ledger = ledger if ledger is not None else Ledger()
         self.on_step = on_step
         self.costs: list[LayerCost] = []
-        self.peak = 0
         self.used: set[str] = set()
         self.visited: set[str] = set()
         self._paths = {id(m): n for n, m in model.named_modules()}
@@ -124,8 +124,7 @@ class Watch(TorchDispatchMode):
         self._counter = Counter()
         self._tracked: dict[int, _Tracked] = {}
         self._by_storage: dict[int, list[_Tracked]] = {}
-        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._live_bytes = 0
+        self.memory = Timeline(self._by_storage)
         self._noted: list[Tensor] = []
         self._written = written or {}
         self.written: dict[int, set[int]] = {}
@@ -147,14 +146,14 @@ class Watch(TorchDispatchMode):
             if id(t) not in self._tracked:
                 setattr(t, _ATTRIBUTE, Note(self, (), None, "the network's input"))
                 self._noted.append(t)
-                self._count(t)
-        self.peak = max(self.peak, self._live_bytes)
+        self.memory.start(inputs)
         before = nn.modules.module.register_module_forward_pre_hook(self._enter)
         after = nn.modules.module.register_module_forward_hook(self._leave, always_call=True)
         try:
             with Sites(self._at_site, self._off_site), self:
                 yield
         finally:
+            self.memory.finish()
             before.remove()
             after.remove()
             for t in self._noted:
@@ -192,8 +191,7 @@ class Watch(TorchDispatchMode):
             tensors += _tensors(tuple(kwargs.values()))
         outputs = list(_tensors((out,)))
         call = Call(name, func, args, kwargs, tensors, outputs, self._counter.path, self._weight(tensors), before)
-        if not inplace:
-            self._account(call)
+        self.memory.step(name, tensors, outputs[:1] if name in _SIDE_RESULTS else outputs, func)
         contraction = contraction_cost(call)
         if contraction is not None:
             self._charge(call, *contraction)
@@ -376,23 +374,6 @@ class Watch(TorchDispatchMode):
         weight = next((n for n, t in zip(names, weights, strict=True) if n is not None and t is not None and t.dim() > 1), None)
         out = call.outputs[0]
         self.costs.append(LayerCost(call.path, kind, weight, macs, params, out.numel() * out.element_size(), tuple(out.shape)))
-
-    def _account(self, call: Call) -> None:
-        """Add the storages an operation made to the live set, and drop those that are gone."""
-        for key in [k for k, (ref, _) in self._live.items() if ref.expired()]:
-            self._live_bytes -= self._live.pop(key)[1]
-        for t in call.outputs[:1] if call.op in _SIDE_RESULTS else call.outputs:
-            self._count(t)
-        self.peak = max(self.peak, self._live_bytes)
-
-    def _count(self, tensor: Tensor) -> None:
-        if tensor.layout is not torch.strided:
-            return
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key not in self._live and key not in self._by_storage:
-            self._live[key] = (StorageWeakRef(storage), storage.nbytes())
-            self._live_bytes += storage.nbytes()
 
 
 _SIZED = {"slice", "split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes"}
