@@ -32,7 +32,7 @@ def overlaps(lives: list[Life], offsets: tuple[int, ...]) -> list[tuple[str, str
 def test_nothing_that_lives_together_overlaps(seed):
     lives = random_lives(seed, 4 + 3 * seed, alike=seed % 2 == 0)
     bound = peak(lives, 4 + 3 * seed)
-    placed = place(lives, bound, seconds=0.05)
+    placed = place(lives, bound)
     assert overlaps(lives, placed.offsets) == []
     assert placed.size == max(o + x.size for x, o in zip(lives, placed.offsets, strict=True)) >= bound
     assert all(o % 64 == 0 for o in placed.offsets)
@@ -55,7 +55,7 @@ def brute_force(lives: list[Life]) -> int:
 @pytest.mark.parametrize("seed", range(25))
 def test_small_problems_are_solved_like_brute_force(seed):
     lives = random_lives(1000 + seed, 6, alike=seed % 3 == 0)
-    placed = place(lives, peak(lives, 6), seconds=2.0)
+    placed = place(lives, peak(lives, 6))
     assert placed.size == brute_force(lives)
     assert placed.optimal
 
@@ -64,14 +64,14 @@ def test_an_arena_above_the_bound_is_proved_to_be_the_smallest():
     # the classic gap: whoever lies lowest, a hole of two units is left in two pieces at some moment
     spans = [(0, 0, 1), (0, 1, 1), (0, 3, 2), (1, 4, 1), (2, 2, 1), (3, 6, 1), (4, 5, 2), (5, 6, 1), (6, 6, 2)]
     lives = [Life(str(i), (i,), 64 * s, a, b) for i, (a, b, s) in enumerate(spans)]
-    placed = place(lives, peak(lives, 7), seconds=2.0)
+    placed = place(lives, peak(lives, 7))
     assert overlaps(lives, placed.offsets) == []
     assert placed.optimal
 
 
 def test_the_same_seed_gives_the_same_addresses():
     lives = random_lives(5, 30)
-    assert place(lives, peak(lives, 30), seconds=60).offsets == place(lives, peak(lives, 30), seconds=60).offsets
+    assert place(lives, peak(lives, 30)).offsets == place(lives, peak(lives, 30)).offsets
 
 
 def test_live_bytes_against_numpy():

@@ -6,7 +6,6 @@ problem is small, an integer program, which also proves how small an arena can b
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,12 @@ import numpy.typing as npt
 
 from gossamer.memory.liveness import Life
 
+PLACEMENTS = 30_000
+"""Lives placed by the local search, over all its trials."""
+NODES = 50
+"""Of the integer program's branch and bound."""
+PAIRS = 600
+"""Of lives that live together: with more of them, the integer program finds nothing in those nodes."""
 Ints = npt.NDArray[np.int64]
 
 
@@ -35,7 +40,7 @@ class Placement:
     method: str
 
 
-def place(lives: Sequence[Life], bound: int, *, seconds: float = 0.4, seed: int = 0) -> Placement:
+def place(lives: Sequence[Life], bound: int, *, seed: int = 0) -> Placement:
     """Give every life an address.
 
     Example:
@@ -46,8 +51,8 @@ def place(lives: Sequence[Life], bound: int, *, seconds: float = 0.4, seed: int 
     Args:
         lives: stretches of memory; sizes are multiples of the alignment, so addresses are too.
         bound: bytes that live together at the worst moment.
-        seconds: time to spend where greedy misses the bound.
-        seed: of the local search, which stops by a count of trials that depends on the size of the problem, then by time.
+        seed: of the local search, which stops by a count of trials that depends on the size of the problem, not by time: equal lives get
+            equal addresses on every machine.
     """
     sizes = np.array([x.size for x in lives], dtype=np.int64)
     first = np.array([x.first for x in lives], dtype=np.int64)
@@ -69,13 +74,13 @@ def place(lives: Sequence[Life], bound: int, *, seconds: float = 0.4, seed: int 
     assert best is not None and offsets is not None
     method = "greedy"
     if best > bound:
-        better = _search(chosen, best, bound, sizes, conflict, seconds, seed)
+        better = _search(chosen, best, bound, sizes, conflict, seed)
         if better is not None:
             offsets, method = better, "search"
             best = int((offsets + sizes).max())
     optimal = best == bound
     if not optimal:
-        solved = _integer_program(sizes, conflict, best, bound, seconds=4 * seconds)
+        solved = _integer_program(sizes, conflict, best, bound)
         if solved is not None:
             offsets, proved = solved
             best, method, optimal = int((offsets + sizes).max()), "integer program", proved
@@ -105,14 +110,14 @@ def _gap(starts: Ints, sizes: Ints, size: int) -> int:
     return int(holes[fits][np.argmin(room[fits])]) if fits.any() else int(ends[-1])
 
 
-def _search(order: Ints, best: int, bound: int, sizes: Ints, conflict: npt.NDArray[np.bool_], seconds: float, seed: int) -> Ints | None:
+def _search(order: Ints, best: int, bound: int, sizes: Ints, conflict: npt.NDArray[np.bool_], seed: int) -> Ints | None:
     """Place earlier what sticks out at the top, now and then exchange two at random; keep what is no worse."""
     rng = np.random.default_rng(seed)
-    stop, found = time.perf_counter() + seconds, None
+    found = None
     current, height = order.copy(), best
     offsets = _by_order(current, sizes, conflict)
-    for _ in range(4000):
-        if best == bound or time.perf_counter() > stop:
+    for _ in range(min(4000, PLACEMENTS // len(sizes))):
+        if best == bound:
             break
         trial = current.copy()
         tops = np.flatnonzero(offsets[trial] + sizes[trial] > max(bound, 0))
@@ -129,7 +134,7 @@ def _search(order: Ints, best: int, bound: int, sizes: Ints, conflict: npt.NDArr
     return found
 
 
-def _integer_program(sizes: Ints, conflict: npt.NDArray[np.bool_], best: int, bound: int, *, seconds: float) -> tuple[Ints, bool] | None:
+def _integer_program(sizes: Ints, conflict: npt.NDArray[np.bool_], best: int, bound: int) -> tuple[Ints, bool] | None:
     """Addresses by HiGHS, and whether they are proved to be the best; None where it finds nothing better than ``best``.
 
     Of each pair that lives together one lies below the other; one binary a pair decides which.
@@ -139,7 +144,7 @@ def _integer_program(sizes: Ints, conflict: npt.NDArray[np.bool_], best: int, bo
 
     unit = int(np.gcd.reduce(np.append(sizes, [best, bound])))
     n, pairs = len(sizes), [(i, j) for i, j in zip(*np.nonzero(np.triu(conflict, 1)), strict=True)]
-    if len(pairs) > 3000:
+    if len(pairs) > PAIRS:
         return None
     s, top = sizes / unit, best / unit
     rows: list[int] = []
@@ -168,7 +173,7 @@ def _integer_program(sizes: Ints, conflict: npt.NDArray[np.bool_], best: int, bo
     integrality = np.concatenate((np.zeros(n + 1), np.ones(len(pairs))))
     solved = milp(
         cost, constraints=LinearConstraint(matrix, np.array(low), np.inf), bounds=Bounds(lower, upper), integrality=integrality,
-        options={"time_limit": seconds},
+        options={"node_limit": NODES},
     )  # fmt: skip
     if solved.x is None:
         return None
