@@ -24,9 +24,9 @@ from torch import Tensor, nn
 import gossamer as gs
 from distillation import accuracy
 from gossamer.calibration import Batches, Moments, second_moments
+from gossamer.exchange import canonical
 from gossamer.lowrank import METHODS, Site, find_sites, fit_layer, full_ranks
 from gossamer.lowrank.options import largest
-from gossamer.lowrank.structure import canonical
 from gossamer.profiling.chains import time_chains
 from gossamer.profiling.runtime import evaluating
 from gossamer.run_folder import processor
