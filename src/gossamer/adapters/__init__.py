@@ -2,11 +2,13 @@
 
 from gossamer.adapters.attention import FreeMultiheadAttention, adapt_attention, free_attention, original_attention
 from gossamer.adapters.numbers import NUMBERED, numbers_in, with_numbers
+from gossamer.adapters.ordering import ChannelOrder
 from gossamer.adapters.rescaling import SCALE, rescale_calls, sets_scale
 
 __all__ = [
     "NUMBERED",
     "SCALE",
+    "ChannelOrder",
     "FreeMultiheadAttention",
     "adapt_attention",
     "free_attention",

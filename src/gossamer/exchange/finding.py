@@ -43,7 +43,9 @@ class Place:
     params: int
 
 
-def find_places(model: nn.Module, example_inputs: Any, ignore: Sequence[str] = (), *, kinds: type[nn.Module] | UnionType = Layer) -> tuple[list[Place], list[str]]:
+def find_places(
+    model: nn.Module, example_inputs: Any, ignore: Sequence[str] = (), *, kinds: type[nn.Module] | UnionType = Layer
+) -> tuple[list[Place], list[str]]:
     """Layers that a sequence of layers can stand in for, in the network's order, and one line for each reason why others are left alone.
 
     A layer is replaced where it is a linear layer or convolution (or a subclass that computes the same on the example inputs) that is called
