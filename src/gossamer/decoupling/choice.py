@@ -1,7 +1,8 @@
-"""Convolutions fitted one by one, and sizes allocated to a budget of MACs."""
+"""Convolutions fitted one by one, sizes allocated to a budget of MACs, and which of them got slower."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import nn
@@ -11,8 +12,9 @@ from gossamer.calibration import Batches, Divergence, Moments, in_stages, second
 from gossamer.decoupling.fitting import Fitted, fit_layer
 from gossamer.decoupling.forms import Sizes, cost
 from gossamer.errors import BudgetError
-from gossamer.exchange import Layer, Place
+from gossamer.exchange import Layer, Place, bare
 from gossamer.plan import replace_module
+from gossamer.profiling.chains import chain, time_chains
 from gossamer.result import Profile
 from gossamer.search import knapsack, monotone
 
@@ -119,3 +121,26 @@ def _alone(model: nn.Module, place: Place, found: Fitted, far: Divergence | None
         return min(far(changed), MOST_LOSS)
     finally:
         replace_module(changed, found.module, place.layer)
+
+
+def slower(places: Mapping[str, Place], fitted: Mapping[str, tuple[Sizes, Fitted]], threads: int) -> list[str]:
+    """A line on layers that take longer in ONNX Runtime than before."""
+    slow: dict[str, float] = {}
+    for name, (_, found) in fitted.items():
+        place = places[name]
+        chains = [chain([bare(place.layer)]), chain(found.module)]
+        old = new = 0.0
+        for shape, calls in Counter(place.shapes).items():
+            one, two = time_chains(chains, shape, threads=threads)
+            old, new = old + calls * one, new + calls * two
+        if new > old:
+            slow[name] = new / old
+    if not slow:
+        return []
+    worst = sorted(slow, key=lambda n: -slow[n])
+    return [f"slower in ONNX Runtime than the layer before: {some([f'{n} ({slow[n]:.2f} times)' for n in worst])}"]
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(n or "the network itself" for n in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

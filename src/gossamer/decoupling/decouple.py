@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isqrt
 from typing import Any, Literal
@@ -13,14 +12,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from gossamer.calibration import Batches, following_norms, reestimate_batch_norm
-from gossamer.decoupling.choice import each_fitted, within_budget
+from gossamer.decoupling.choice import each_fitted, slower, some, within_budget
 from gossamer.decoupling.fitting import Fitted
 from gossamer.decoupling.forms import FORMS, Sizes, convolutions, cost, most_terms, unfit
 from gossamer.errors import NothingToDo, UsageError, near
-from gossamer.exchange import Dims, Place, bare, find_places
+from gossamer.exchange import Dims, Place, find_places
 from gossamer.plan import Decouple, Plan, apply_structure, input_specs, replace_module
 from gossamer.profiling import profile
-from gossamer.profiling.chains import chain, time_chains
 from gossamer.result import ExampleInputs, Result, network_of
 from gossamer.sources.batches import check_inputs
 
@@ -118,7 +116,7 @@ def decouple(
             if progress is not None:
                 progress(len(fitted), len(options))
     if runtime is not None:
-        notes += _slower(named, fitted, threads)
+        notes += slower(named, fitted, threads)
     work, edits = _exchange(work, named, form, fitted, norms)
     if reestimate_bn and calibration is not None:
         seen = reestimate_batch_norm(work, calibration, inputs)
@@ -181,7 +179,7 @@ def _options(
             out[place.name] = paying
         else:
             left.setdefault("this saves no multiply-adds there" if fits else str(reasons[0]), []).append(place.name)
-    return out, [f"left alone, {reason}: {_some(names)}" for reason, names in left.items()]
+    return out, [f"left alone, {reason}: {some(names)}" for reason, names in left.items()]
 
 
 def _ladder(form: str, d: Dims) -> list[Sizes]:
@@ -196,24 +194,6 @@ def _ladder(form: str, d: Dims) -> list[Sizes]:
 
 def _inner(d: Dims, width: float) -> Sizes:
     return max(1, round(width * d.ins)), max(1, round(width * d.outs))
-
-
-def _slower(places: Mapping[str, Place], fitted: Mapping[str, tuple[Sizes, Fitted]], threads: int) -> list[str]:
-    """A line on layers that take longer in ONNX Runtime than before."""
-    slow: dict[str, float] = {}
-    for name, (_, found) in fitted.items():
-        place = places[name]
-        chains = [chain([bare(place.layer)]), chain(found.module)]
-        old = new = 0.0
-        for shape, calls in Counter(place.shapes).items():
-            one, two = time_chains(chains, shape, threads=threads)
-            old, new = old + calls * one, new + calls * two
-        if new > old:
-            slow[name] = new / old
-    if not slow:
-        return []
-    worst = sorted(slow, key=lambda n: -slow[n])
-    return [f"slower in ONNX Runtime than the layer before: {_some([f'{n} ({slow[n]:.2f} times)' for n in worst])}"]
 
 
 def _exchange(
@@ -235,10 +215,6 @@ def _exchange(
         bias = last.bias is not None
         edits.append(Decouple(module=name, form=form, sizes=sizes, bias=bias, inputs=found.inputs, outputs=found.outputs))
     return work, tuple(edits)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(n or "the network itself" for n in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _check_finite(model: nn.Module) -> None:
