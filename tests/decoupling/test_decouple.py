@@ -79,6 +79,30 @@ def test_data_aware_beats_plain_on_the_same_macs_on_data_it_has_not_seen(form):
     assert lost[1] < 0.8 * lost[0]
 
 
+def test_the_order_back_comes_after_the_batch_norm_so_that_this_stays_beside_its_convolution():
+    source = net()
+    result = gs.decouple(source, X, form="grouped", groups=4, ignore=["0", "8"], runtime=None)
+    assert [e.norm for e in result.plan] == ["4", None]
+    assert [type(m).__name__ for m in result.model[3]] == ["ChannelOrder", "Conv2d"]
+    assert [type(m).__name__ for m in result.model[4]] == ["BatchNorm2d", "ChannelOrder"]
+    assert [type(m).__name__ for m in result.model[6]] == ["ChannelOrder", "Conv2d", "ChannelOrder"]
+    with torch.no_grad():
+        (
+            source[4].weight.uniform_(0.5, 2),
+            source[4].bias.normal_(),
+            source[4].running_mean.normal_(),
+            source[4].running_var.uniform_(0.5, 2),
+        )
+        block = torch.randperm(32)[:, None] % 4 == torch.randperm(16) % 4
+        source[3].weight *= block[:, :, None, None]
+        x = torch.randn(2, 3, 12, 12)
+        exact = gs.decouple(source, X, form="grouped", groups=4, ignore=["0", "6", "8"], runtime=None)
+        torch.testing.assert_close(exact.model(x), source(x))
+    wrong = Plan(edits=(exact.plan.edits[0].model_copy(update={"norm": "5"}),))
+    with pytest.raises(PlanError, match="'5' is not a batch norm of the 32 channels"):
+        wrong.apply(source)
+
+
 def test_means_go_into_the_batch_norm_that_follows_and_else_into_the_bias():
     source = net()
     result = gs.decouple(source, X, ignore=["0"], calibration=batches(), runtime=None, reestimate_bn=False)
@@ -138,7 +162,7 @@ def test_every_form_composes_prunes_before_quantises_after_and_runs_the_same_in_
             assert far < (1e-4 if name == "float" else 0.1)
             assert result.plan.counts()["decouple"] >= 2
             assert result.plan.counts()["keep"] > 0
-        assert not [n for n in result.notes if "index_select" in n]
+        assert not [n for n in result.notes if "index_select" in n or "batch norm)" in n]  # all norms are folded
 
 
 def test_decoupled_networks_are_pruned_again_and_other_steps_know_their_place():

@@ -14,16 +14,17 @@ from torch.nn.modules.conv import _ConvNd
 from gossamer.calibration import Batches, following_norms, reestimate_batch_norm
 from gossamer.decoupling.choice import each_fitted, slower, some, within_budget
 from gossamer.decoupling.fitting import Fitted
-from gossamer.decoupling.forms import FORMS, Sizes, convolutions, cost, most_terms, unfit
+from gossamer.decoupling.forms import FORMS, Sizes, convolutions, cost, exchange, most_terms, unfit
 from gossamer.errors import NothingToDo, UsageError, near
 from gossamer.exchange import Dims, Place, find_places
-from gossamer.plan import Decouple, Plan, apply_structure, input_specs, replace_module
+from gossamer.plan import Decouple, Plan, apply_structure, input_specs
 from gossamer.profiling import profile
 from gossamer.result import ExampleInputs, Result, network_of
-from gossamer.sources.batches import check_inputs
+from gossamer.sources.batches import Batch, check_inputs
 
 WIDTHS = (0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
 """Of a bottleneck under a budget."""
+_PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 Form = Literal["depthwise_separable", "grouped", "bottleneck"]
 
 
@@ -104,7 +105,8 @@ def decouple(
     if not options:
         raise NothingToDo("no convolution is decoupled" + (f" ({'; '.join(notes)})" if notes else ": it has none"))
     batches = Batches(calibration, inputs, work) if calibration is not None else None
-    norms = following_norms(work, list(options), batches) if batches is not None else {}
+    example = Batch((), inputs, None) if isinstance(inputs, dict) else Batch(tuple(inputs), {}, None)
+    norms = following_norms(work, list(options), [example], biased=True)
     if batches is None:
         notes.append("no calibration data: weights stand for the original's alone")
     if macs is not None:
@@ -208,13 +210,20 @@ def _exchange(
     for name in (n for n in places if n in fitted):
         sizes, found = fitted[name]
         norm, last = norms.get(name), convolutions(found.module)[-1]
-        if norm is not None and norm.running_mean is not None and found.shift is not None:
+        behind = norm if found.outputs and norm is not None and _can_be_wrapped(norm) else None
+        where = next(n for n, m in work.named_modules() if m is behind) if behind is not None else None
+        if norm is not None and norm.running_mean is not None and found.shift is not None and places[name].layer.bias is None:
             norm.running_mean -= found.shift.to(norm.running_mean)
             last.register_parameter("bias", None)
-        work = replace_module(work, places[name].layer, found.module)
+        work = exchange(work, places[name].layer, found.module, norm=behind, outputs=found.outputs)
         bias = last.bias is not None
-        edits.append(Decouple(module=name, form=form, sizes=sizes, bias=bias, inputs=found.inputs, outputs=found.outputs))
+        edits.append(Decouple(module=name, form=form, sizes=sizes, bias=bias, inputs=found.inputs, outputs=found.outputs, norm=where))
     return work, tuple(edits)
+
+
+def _can_be_wrapped(norm: _BatchNorm) -> bool:
+    """Whether an order of channels may come after it: classes of its own may be read, or do more than normalise."""
+    return type(norm) in _PLAIN_NORMS and not norm._forward_hooks and not norm._forward_pre_hooks
 
 
 def _check_finite(model: nn.Module) -> None:

@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from gossamer.adapters import ChannelOrder
 from gossamer.errors import PlanError
 from gossamer.exchange import Dims, Factor, dims, row, walk
+from gossamer.plan import replace_module
 
 FORMS = ("depthwise_separable", "grouped", "bottleneck")
 Sizes = tuple[int, ...]
@@ -111,11 +114,39 @@ def skeleton(
     if inputs:
         made.insert(0, ChannelOrder(inputs, spatial=len(d.kernel), device=on))
     if outputs:
-        back = [0] * len(outputs)
-        for at, channel in enumerate(outputs):
-            back[channel] = at
-        made.append(ChannelOrder(back, spatial=len(d.kernel), device=on))
+        made.append(_back(outputs, len(d.kernel), on))
     return nn.Sequential(*made).train(layer.training)
+
+
+def exchange(
+    model: nn.Module, layer: nn.Module, made: nn.Sequential, *, norm: _BatchNorm | None = None, outputs: Sequence[int] = ()
+) -> nn.Module:
+    """Put what stands in for a convolution into a network, in place; the order back comes after the batch norm, where one is named.
+
+    Args:
+        model: the network.
+        layer: the convolution in it.
+        made: from `skeleton`.
+        norm: takes exactly what the layer gives; its channels are put in the order of the groups.
+        outputs: that order.
+    """
+    if norm is not None and outputs:
+        *kept, back = made
+        made = nn.Sequential(*kept).train(layer.training)
+        index = torch.tensor(outputs, device=back.index.device)  # type: ignore[arg-type]
+        with torch.no_grad():
+            for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+                if t is not None:
+                    t.copy_(t[index])
+        model = replace_module(model, norm, nn.Sequential(norm, back).train(norm.training))
+    return replace_module(model, layer, made)
+
+
+def _back(outputs: Sequence[int], spatial: int, device: Any) -> ChannelOrder:
+    back = [0] * len(outputs)
+    for at, channel in enumerate(outputs):
+        back[channel] = at
+    return ChannelOrder(back, spatial=spatial, device=device)
 
 
 def convolutions(module: nn.Sequential) -> list[_ConvNd]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from gossamer.errors import PlanError, near
@@ -54,7 +55,7 @@ def apply_structure(model: nn.Module, edits: Sequence[BaseEdit], *, copied: bool
             case Factorize():
                 model = replace_module(model, _module(model, edit.module), _factorised(model, edit, values))
             case Decouple():
-                model = replace_module(model, _module(model, edit.module), _decoupled(model, edit, values))
+                model = _decoupled(model, edit, values)
             case Mask():
                 tensor = _tensor(model, edit.tensor)
                 if tuple(tensor.shape) != edit.shape:
@@ -99,14 +100,17 @@ def _factorised(model: nn.Module, edit: Factorize, values: bool) -> nn.Module:
 
 
 def _decoupled(model: nn.Module, edit: Decouple, values: bool) -> nn.Module:
-    from gossamer.decoupling import check, decouple_layer, skeleton
+    from gossamer.decoupling import check, decouple_layer, exchange, skeleton
 
     layer = _module(model, edit.module)
     check(layer, edit.form, edit.sizes, edit.inputs, edit.outputs, edit.module)
     assert isinstance(layer, _ConvNd)
-    if not values:
-        return skeleton(layer, edit.form, edit.sizes, inputs=edit.inputs, outputs=edit.outputs, bias=edit.bias)
-    return decouple_layer(layer, form=edit.form, sizes=edit.sizes, inputs=edit.inputs, outputs=edit.outputs, bias=edit.bias)
+    norm = None if edit.norm is None else _module(model, edit.norm)
+    if norm is not None and (not isinstance(norm, _BatchNorm) or norm.num_features != len(edit.outputs)):
+        raise PlanError(f"module {edit.norm!r} is not a batch norm of the {len(edit.outputs)} channels that {edit.module!r} orders")
+    make = decouple_layer if values else skeleton
+    made = make(layer, form=edit.form, sizes=edit.sizes, inputs=edit.inputs, outputs=edit.outputs, bias=edit.bias)
+    return exchange(model, layer, made, norm=norm, outputs=edit.outputs)
 
 
 def _cut_tensors(model: nn.Module, edits: Sequence[Keep], *, by_id: bool = True) -> Any:

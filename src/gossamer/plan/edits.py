@@ -77,7 +77,8 @@ class Decouple(BaseEdit):
     """Replace a convolution, wherever it is registered, by depthwise-separable terms, a grouped convolution or a bottleneck.
 
     ``sizes`` are terms, groups, or inner inputs and outputs, of each group that there is; ``bias`` says whether the last convolution has one.
-    ``inputs`` and ``outputs`` are the channels in the order of a grouped one's groups, empty where they stay in place.
+    ``inputs`` and ``outputs`` are the channels in the order of a grouped one's groups, empty where they stay in place. ``norm`` is the batch norm
+    that takes what it gives, where that comes before the order back: tools fold it into the convolution then.
     """
 
     kind: Literal["decouple"] = "decouple"
@@ -87,6 +88,7 @@ class Decouple(BaseEdit):
     bias: bool
     inputs: tuple[int, ...] = ()
     outputs: tuple[int, ...] = ()
+    norm: str | None = None
 
 
 class Mask(BaseEdit):
