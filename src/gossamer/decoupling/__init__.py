@@ -2,7 +2,7 @@
 
 from gossamer.decoupling.decouple import decouple
 from gossamer.decoupling.fitting import Fitted, decouple_layer, fit_layer
-from gossamer.decoupling.forms import FORMS, check, convolutions, cost, exchange, most_terms, parts_of, skeleton, unfit
+from gossamer.decoupling.forms import FORMS, check, convolutions, cost, exchange, most_terms, parts_of, sizes_of, skeleton, unfit
 from gossamer.decoupling.partition import part
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "most_terms",
     "part",
     "parts_of",
+    "sizes_of",
     "skeleton",
     "unfit",
 ]

@@ -21,6 +21,8 @@ from gossamer.search import knapsack, monotone
 MOST_INPUTS = 6000
 """Layers with more inputs times kernel positions are fitted without data: their second moments would take gigabytes."""
 MOST_LOSS = 1e9
+POWERS = (1.0, 0.5, 2.0)
+"""Of the losses: sums of single losses predict joint ones only roughly, so allocations by each power are compared by the whole network's."""
 
 
 def each_fitted(
@@ -107,9 +109,13 @@ def within_budget(
         if progress is not None:
             progress(len(made), total)
     names = list(options)
-    picks = knapsack([prices[n] for n in names], [monotone(losses[n]) for n in names], macs * before.macs - rest, what="macs")
-    chosen = {n: options[n][i - 1] for n, i in zip(names, picks, strict=True) if i}
-    return {n: (sizes, made[n, sizes]) for n, sizes in chosen.items()}
+    candidates: list[dict[str, tuple[Sizes, Fitted]]] = []
+    for power in POWERS if far is not None else POWERS[:1]:
+        lost = [[v**power for v in monotone(losses[n])] for n in names]
+        picks = knapsack([prices[n] for n in names], lost, macs * before.macs - rest, what="macs")
+        chosen = {n: options[n][i - 1] for n, i in zip(names, picks, strict=True) if i}
+        candidates.append({n: (sizes, made[n, sizes]) for n, sizes in chosen.items()})
+    return min(candidates, key=lambda c: _together(model, places, c, far))
 
 
 def _alone(model: nn.Module, place: Place, found: Fitted, far: Divergence | None) -> float:
@@ -121,6 +127,18 @@ def _alone(model: nn.Module, place: Place, found: Fitted, far: Divergence | None
         return min(far(changed), MOST_LOSS)
     finally:
         replace_module(changed, found.module, place.layer)
+
+
+def _together(model: nn.Module, places: Mapping[str, Place], picks: Mapping[str, tuple[Sizes, Fitted]], far: Divergence | None) -> float:
+    """What the outputs lose with all picks exchanged."""
+    changed = model
+    for name, (_, found) in picks.items():
+        changed = replace_module(changed, places[name].layer, found.module)
+    try:
+        return 0.0 if far is None else min(far(changed), MOST_LOSS)
+    finally:
+        for name, (_, found) in picks.items():
+            changed = replace_module(changed, found.module, places[name].layer)
 
 
 def slower(places: Mapping[str, Place], fitted: Mapping[str, tuple[Sizes, Fitted]], threads: int) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from math import isqrt
 from typing import Any, Literal
 
 import torch
@@ -14,16 +13,14 @@ from torch.nn.modules.conv import _ConvNd
 from gossamer.calibration import Batches, following_norms, reestimate_batch_norm
 from gossamer.decoupling.choice import each_fitted, slower, some, within_budget
 from gossamer.decoupling.fitting import Fitted
-from gossamer.decoupling.forms import FORMS, Sizes, convolutions, cost, exchange, most_terms, unfit
+from gossamer.decoupling.forms import FORMS, Sizes, convolutions, cost, exchange, inner, most_terms, sizes_of, unfit
 from gossamer.errors import NothingToDo, UsageError, near
-from gossamer.exchange import Dims, Place, find_places
+from gossamer.exchange import Place, find_places
 from gossamer.plan import Decouple, Plan, apply_structure, input_specs
 from gossamer.profiling import profile
 from gossamer.result import ExampleInputs, Result, network_of
 from gossamer.sources.batches import Batch, check_inputs
 
-WIDTHS = (0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
-"""Of a bottleneck under a budget."""
 _PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 Form = Literal["depthwise_separable", "grouped", "bottleneck"]
 
@@ -168,11 +165,11 @@ def _options(
     for place in places:
         d = place.dims
         if macs is not None:
-            every = _ladder(form, d)
+            every = sizes_of(form, d)
         elif form == "depthwise_separable":
             every = [(min(terms, most_terms(d)),)]
         else:
-            every = [(groups or 0,)] if form == "grouped" else [_inner(d, width or 0.0)]
+            every = [(groups or 0,)] if form == "grouped" else [inner(d, width or 0.0)]
         reasons = [unfit(form, d, sizes) for sizes in every] or ["nothing divides its channels"]
         fits = [s for s, reason in zip(every, reasons, strict=False) if reason is None]
         assert isinstance(place.layer, _ConvNd)
@@ -182,20 +179,6 @@ def _options(
         else:
             left.setdefault("this saves no multiply-adds there" if fits else str(reasons[0]), []).append(place.name)
     return out, [f"left alone, {reason}: {some(names)}" for reason, names in left.items()]
-
-
-def _ladder(form: str, d: Dims) -> list[Sizes]:
-    if form == "depthwise_separable":
-        return [(t,) for t in range(most_terms(d), 0, -1)]
-    if form == "bottleneck":
-        return list(dict.fromkeys(_inner(d, w) for w in WIDTHS))
-    n = min(d.ins, d.outs)
-    small = [k for k in range(1, isqrt(n) + 1) if n % k == 0]
-    return [(k,) for k in sorted({*small, *(n // k for k in small)} - {1}) if d.ins % k == 0 and d.outs % k == 0]
-
-
-def _inner(d: Dims, width: float) -> Sizes:
-    return max(1, round(width * d.ins)), max(1, round(width * d.outs))
 
 
 def _exchange(

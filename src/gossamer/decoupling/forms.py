@@ -6,6 +6,7 @@ Letters: G groups, O outputs and I inputs of a group, t kernel positions, K inpu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import gcd
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from gossamer.exchange import Dims, Factor, dims, row, walk
 from gossamer.plan import replace_module
 
 FORMS = ("depthwise_separable", "grouped", "bottleneck")
+WIDTHS = (0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
+"""Of bottlenecks under a budget."""
 Sizes = tuple[int, ...]
 
 
@@ -68,6 +71,26 @@ def unfit(form: str, d: Dims, sizes: Sizes) -> str | None:
 def most_terms(d: Dims) -> int:
     """Terms at which depthwise-separable terms are exact for every weight."""
     return min(d.outs, d.taps)
+
+
+def sizes_of(form: str, d: Dims) -> list[Sizes]:
+    """Sizes that a budget chooses from, descending by cost; some may save nothing.
+
+    Example:
+        >>> sizes_of("grouped", Dims(1, 12, 18, (3, 3))), sizes_of("depthwise_separable", Dims(1, 3, 18, (3, 3)))
+        ([(2,), (3,), (6,)], [(3,), (2,), (1,)])
+    """
+    if form == "depthwise_separable":
+        return [(t,) for t in range(most_terms(d), 0, -1)]
+    if form == "bottleneck":
+        return list(dict.fromkeys(inner(d, w) for w in WIDTHS))
+    n = gcd(d.ins, d.outs)
+    return [(k,) for k in range(2, n + 1) if n % k == 0]
+
+
+def inner(d: Dims, width: float) -> Sizes:
+    """Inner inputs and outputs of a bottleneck of some width, a fraction of the channels."""
+    return max(1, round(width * d.ins)), max(1, round(width * d.outs))
 
 
 def check(layer: nn.Module, form: str, sizes: Sizes, inputs: Sequence[int], outputs: Sequence[int], where: str) -> None:
