@@ -142,6 +142,17 @@ def test_data_lowers_the_error_of_outputs_not_seen(form, sizes):
         torch.testing.assert_close(made(x[:16]).mean((0, 2, 3)), layer(x[:16]).mean((0, 2, 3)), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("groups", [2, 4])
+def test_groups_that_are_searched_for_never_lose_more_than_neighbours_do(groups):
+    for seed in range(4):
+        torch.manual_seed(seed)
+        layer, x = nn.Conv2d(12, 16, 3, bias=False), smooth(12, 12, 8, 8)
+        for moments in (None, moments_of(layer, x)):
+            found, natural = (fit_layer(layer, "grouped", (groups,), moments=moments, inputs=o, outputs=o).error for o in (None, ()))
+            assert found <= natural * (1 + 1e-9)
+        assert found < 0.99 * natural
+
+
 @pytest.mark.parametrize(("form", "sizes"), [("depthwise_separable", (2,)), ("grouped", (2,)), ("bottleneck", (4, 4))])
 def test_no_small_step_of_the_last_weights_does_better(form, sizes):
     """By automatic differentiation of the outputs' error: what least squares gave is stationary."""

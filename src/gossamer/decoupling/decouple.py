@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from gossamer.calibration import Batches, following_norms, reestimate_batch_norm
-from gossamer.decoupling.choice import each_fitted, slower, some, within_budget
+from gossamer.decoupling.choice import MOST_INPUTS, each_fitted, slower, some, within_budget
 from gossamer.decoupling.fitting import Fitted
 from gossamer.decoupling.forms import FORMS, Sizes, convolutions, cost, exchange, inner, most_terms, sizes_of, unfit
 from gossamer.errors import NothingToDo, UsageError, near
@@ -104,6 +104,9 @@ def decouple(
     batches = Batches(calibration, inputs, work) if calibration is not None else None
     example = Batch((), inputs, None) if isinstance(inputs, dict) else Batch(tuple(inputs), {}, None)
     norms = following_norms(work, list(options), [example], biased=True)
+    large = [n for n in options if named[n].dims.ins * named[n].dims.taps > MOST_INPUTS] if batches is not None else []
+    if large:
+        notes.append(f"fitted without data, too many inputs for their moments: {some(large)}")
     if batches is None:
         notes.append("no calibration data: weights stand for the original's alone")
     if macs is not None:

@@ -127,6 +127,23 @@ def energies(w: Tensor, c_GKK: Tensor | None = None) -> Tensor:
     return torch.einsum("goit,gitu,goiu->goi", w_GOIt, own_blocks(c_GKK, w.shape[2]), w_GOIt)
 
 
+def explained(w: Tensor, blocks: int, inputs: Tensor, c_GKK: Tensor) -> Tensor:
+    """What the inputs of each block can tell of each output, by least squares: ``(groups, outs, blocks)``; arguments as for `grouped`."""
+    groups, taps = len(w), w[0, 0, 0].numel()
+    at = (inputs[:, :, None] * taps + torch.arange(taps)).reshape(groups, blocks, -1)
+    g = torch.arange(groups)[:, None, None]
+    cross_GBOk = (w.flatten(2) @ c_GKK).transpose(1, 2)[g, at].transpose(2, 3)
+    within = c_GKK[g[..., None], at[..., None], at[:, :, None]]
+    return (_solved(within, cross_GBOk) * cross_GBOk).sum(3).transpose(1, 2)
+
+
+def irreplaceable(w: Tensor, c_GKK: Tensor) -> Tensor:
+    """What each output loses without an input channel if all others make up for it: ``(groups, outs, ins)``."""
+    w_GOIt = w.flatten(3)
+    alone = torch.linalg.inv(own_blocks(torch.linalg.inv(c_GKK), w.shape[2]))
+    return torch.einsum("goit,gitu,goiu->goi", w_GOIt, alone, w_GOIt).clamp(min=0)
+
+
 def product_of_terms(kernels: Tensor, pointwise: Tensor) -> Tensor:
     """The weight that depthwise-separable terms stand for, ``(groups, outs, ins, positions)``."""
     groups, outs = pointwise.shape[:2]

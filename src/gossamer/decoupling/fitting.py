@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from gossamer.calibration import Moments, shrunk
-from gossamer.decoupling.fits import bottleneck, energies, grouped, product_of_terms, separable
+from gossamer.decoupling.fits import bottleneck, energies, explained, grouped, irreplaceable, product_of_terms, separable
 from gossamer.decoupling.forms import Sizes, check, convolutions, skeleton
-from gossamer.decoupling.partition import part
+from gossamer.decoupling.partition import assign, part
 from gossamer.errors import UsageError
 from gossamer.exchange import canonical, put
+
+
+Orders = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ def fit_layer(
     if not bool(torch.isfinite(w).all()):
         raise UsageError(f"the weight of {layer} holds values that are NaN or infinite: check how it was trained")
     c_GKK = shrunk(moments).cpu() if moments is not None else None
-    found: tuple[tuple[int, ...], tuple[int, ...]] = (), ()
+    found: Orders = (), ()
     groups, outs, ins = w.shape[:3]
     if form == "depthwise_separable":
         parts = separable(w, sizes[0], c_GKK)
@@ -104,12 +108,17 @@ def fit_layer(
         made_GOK = torch.einsum("gai,gbat,gob->goit", parts[0].flatten(2), parts[1].flatten(3), parts[2].flatten(2)).flatten(2)
     else:
         if inputs is None and outputs is None:
-            found = _orders(w, sizes[0], c_GKK, seed)
+            orders = _orders(w, sizes[0], c_GKK, seed)
         else:
-            found = tuple(inputs or ()), tuple(outputs or ())
-        at_GI, at_GO = _within(found[0], groups, ins), _within(found[1], groups, outs)
-        parts = grouped(w, sizes[0], at_GI, at_GO, c_GKK)
-        made_GOK = _spread(parts[0], w, at_GI, at_GO).flatten(2)
+            orders = [(tuple(inputs or ()), tuple(outputs or ()))]
+        best = float("inf")
+        for order in dict.fromkeys(orders):
+            at_GI, at_GO = _within(order[0], groups, ins), _within(order[1], groups, outs)
+            fit = grouped(w, sizes[0], at_GI, at_GO, c_GKK)
+            spread = _spread(fit[0], w, at_GI, at_GO).flatten(2)
+            error = _error(w.flatten(2), w.flatten(2) - spread, moments)
+            if error < best:
+                best, found, parts, made_GOK = error, order, fit, spread
     missing_GOK = w.flatten(2) - made_GOK
     shift = None
     if moments is not None:
@@ -128,13 +137,31 @@ def fit_layer(
     return Fitted(made, *found, shift, _error(w.flatten(2), missing_GOK, moments))
 
 
-def _orders(w: Tensor, blocks: int, c_GKK: Tensor | None, seed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Orders of all inputs and outputs, group by group; an empty one where it is the order they have."""
+def _orders(w: Tensor, blocks: int, c_GKK: Tensor | None, seed: int) -> list[Orders]:
+    """Orders of all inputs and outputs to choose from, group by group; an empty one where it is the order they have.
+
+    With data, inputs are parted by what they do in three ways, and left as they are; outputs then go where the inputs tell most of them.
+    """
+    if c_GKK is None:
+        return [_parted(energies(w), blocks, seed)]
+    groups, outs, ins = w.shape[:3]
+    found = [_parted(e, blocks, seed)[0] for e in (energies(w), energies(w, c_GKK), irreplaceable(w, c_GKK))]
+    orders: list[Orders] = [((), ())]
+    for inputs in dict.fromkeys([*found, ()]):
+        told = explained(w, blocks, _within(inputs, groups, ins), c_GKK).numpy()
+        by_group = [assign(told_OB)[0] for told_OB in told]
+        outputs = [g * outs + int(o) for g, by in enumerate(by_group) for b in range(blocks) for o in np.flatnonzero(by == b)]
+        orders.append((inputs, _unless_sorted(outputs)))
+    return orders
+
+
+def _parted(energy_GOI: Tensor, blocks: int, seed: int) -> Orders:
+    """Orders of inputs and outputs by which the diagonal blocks hold most energy."""
     all_in, all_out = list[int](), list[int]()
-    for g, energy_OI in enumerate(energies(w, c_GKK).numpy()):
+    for g, energy_OI in enumerate(energy_GOI.numpy()):
         by_output, by_input = part(energy_OI, blocks, seed=seed)
-        all_in += [g * w.shape[2] + i for i in by_input]
-        all_out += [g * w.shape[1] + o for o in by_output]
+        all_in += [g * energy_OI.shape[1] + i for i in by_input]
+        all_out += [g * energy_OI.shape[0] + o for o in by_output]
     return _unless_sorted(all_in), _unless_sorted(all_out)
 
 

@@ -53,16 +53,21 @@ def _alternated(energy: Matrix, by_output: Groups, groups: int) -> tuple[Groups,
     held = -1.0
     by_input = by_output[:0]
     for _ in range(ROUNDS):
-        inputs, _ = _assigned(energy.T @ np.eye(groups)[by_output])
-        outputs, now = _assigned(energy @ np.eye(groups)[inputs])
+        inputs, _ = assign(energy.T @ np.eye(groups)[by_output])
+        outputs, now = assign(energy @ np.eye(groups)[inputs])
         if len(by_input) and now <= held * (1 + 1e-12):
             break
         by_output, by_input, held = outputs, inputs, now
     return by_output, by_input, held
 
 
-def _assigned(scores: Matrix) -> tuple[Groups, float]:
-    """The group of each channel, all of one size, with the largest sum of scores ``(channels, groups)``."""
+def assign(scores: Matrix) -> tuple[Groups, float]:
+    """The group of each channel, all of one size, with the largest sum of scores ``(channels, groups)``, and that sum.
+
+    Example:
+        >>> assign(np.array([[3.0, 0.0], [2.0, 1.0]]))
+        (array([0, 1]), 4.0)
+    """
     from scipy.optimize import linear_sum_assignment
 
     room = len(scores) // scores.shape[1]
@@ -80,4 +85,4 @@ def _spectral(energy: Matrix, groups: int) -> Groups:
     if left.shape[1] < groups:
         return np.arange(len(energy)) * groups // len(energy)
     pivots = qr(left.T, mode="economic", pivoting=True)[2][:groups]
-    return _assigned(np.abs(left @ left[pivots].T))[0]
+    return assign(np.abs(left @ left[pivots].T))[0]
