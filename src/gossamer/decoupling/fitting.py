@@ -17,7 +17,6 @@ from gossamer.decoupling.partition import assign, part
 from gossamer.errors import UsageError
 from gossamer.exchange import canonical, put
 
-
 Orders = tuple[tuple[int, ...], tuple[int, ...]]
 
 
@@ -99,7 +98,7 @@ def fit_layer(
         raise UsageError(f"the weight of {layer} holds values that are NaN or infinite: check how it was trained")
     c_GKK = shrunk(moments).cpu() if moments is not None else None
     found: Orders = (), ()
-    groups, outs, ins = w.shape[:3]
+    groups, outs = w.shape[:2]
     if form == "depthwise_separable":
         parts = separable(w, sizes[0], c_GKK)
         made_GOK = product_of_terms(*parts).flatten(2)
@@ -107,18 +106,10 @@ def fit_layer(
         parts = bottleneck(w, sizes, c_GKK)
         made_GOK = torch.einsum("gai,gbat,gob->goit", parts[0].flatten(2), parts[1].flatten(3), parts[2].flatten(2)).flatten(2)
     else:
-        if inputs is None and outputs is None:
-            orders = _orders(w, sizes[0], c_GKK, seed)
-        else:
-            orders = [(tuple(inputs or ()), tuple(outputs or ()))]
-        best = float("inf")
-        for order in dict.fromkeys(orders):
-            at_GI, at_GO = _within(order[0], groups, ins), _within(order[1], groups, outs)
-            fit = grouped(w, sizes[0], at_GI, at_GO, c_GKK)
-            spread = _spread(fit[0], w, at_GI, at_GO).flatten(2)
-            error = _error(w.flatten(2), w.flatten(2) - spread, moments)
-            if error < best:
-                best, found, parts, made_GOK = error, order, fit, spread
+        given = None if inputs is None and outputs is None else (tuple(inputs or ()), tuple(outputs or ()))
+        tried = _orders(w, sizes[0], c_GKK, seed) if given is None else [given]
+        fits = [(order, *_in_groups(w, sizes[0], order, c_GKK)) for order in dict.fromkeys(tried)]
+        found, parts, made_GOK = min(fits, key=lambda f: _error(w.flatten(2), w.flatten(2) - f[2], moments))
     missing_GOK = w.flatten(2) - made_GOK
     shift = None
     if moments is not None:
@@ -135,6 +126,14 @@ def fit_layer(
         with torch.no_grad():
             layers[-1].bias.copy_(start[list(found[1])] if found[1] else start)  # type: ignore[union-attr]
     return Fitted(made, *found, shift, _error(w.flatten(2), missing_GOK, moments))
+
+
+def _in_groups(w: Tensor, blocks: int, order: Orders, c_GKK: Tensor | None) -> tuple[list[Tensor], Tensor]:
+    """The weight of a grouped convolution between two orders, and the dense one that it stands for, ``(groups, outs, K)``."""
+    groups, outs, ins = w.shape[:3]
+    at_GI, at_GO = _within(order[0], groups, ins), _within(order[1], groups, outs)
+    parts = grouped(w, blocks, at_GI, at_GO, c_GKK)
+    return parts, _spread(parts[0], w, at_GI, at_GO).flatten(2)
 
 
 def _orders(w: Tensor, blocks: int, c_GKK: Tensor | None, seed: int) -> list[Orders]:
