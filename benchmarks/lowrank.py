@@ -43,7 +43,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/lowrank"))
     parser.add_argument("--samples", type=int, help="of Fashion-MNIST to train on; default: all")
     parser.add_argument("--macs", type=float, nargs="*", help="fractions to keep")
-    parser.add_argument("--methods", nargs="*", help="of whole networks; default: all")
+    parser.add_argument("--methods", nargs="*", help="those to run; default: all")
     parser.add_argument("--network", choices=["mobilenet_v2", "efficientnet_lite0"], default="mobilenet_v2")
     parser.add_argument("--limit", type=int, default=200, help="photographs to evaluate on")
     parser.add_argument("--epochs", type=int, default=1, help="of distillation; 0 for none")
@@ -171,7 +171,7 @@ def layers(options: argparse.Namespace) -> None:
     print("| MACs | method | weight | outputs, weights only | outputs, fitted | seconds | latency | tensorly: weight, seconds |")
     print("|---|---|---|---|---|---|---|---|")
     for part in options.macs or (0.5, 0.25):
-        for method in METHODS:
+        for method in chosen(METHODS, options):
             rows = []
             for site in sites:
                 ranks = largest(site, method, full_ranks(method, site.dims), part * site.macs, 8)
@@ -185,10 +185,14 @@ def layers(options: argparse.Namespace) -> None:
                 one, many = time_chains([site.chain(), site.chain(method, ranks)], site.shapes[0])
                 rows.append((plain.error, *errors, took, many / one, *(peers(site, method, ranks) or ())))
             _row(part, method, rows)
-        for form in FORMS:
+        for form in chosen(FORMS, options):
             rows = [r for site in sites if (r := decoupled_row(model, site, form, part, moments[site.name], held))]
             _row(part, form.replace("_", " "), rows)
     print(f"\n{len(sites)} layers of {', '.join(f'{s.dims.ins}->{s.dims.outs}' for s in sites)}; means, and the range over layers")
+
+
+def chosen(names: Sequence[str], options: argparse.Namespace) -> list[str]:
+    return [n for n in names if options.methods is None or n in options.methods]
 
 
 def _row(part: float, name: str, rows: Sequence[tuple[float, ...]]) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils import _pytree
 
 import gossamer as gs
-from gossamer.adapters import ChannelOrder
+from gossamer.adapters import ChannelOrder, ChannelRepeat
 from gossamer.calibration import Divergence
 from gossamer.errors import BudgetError, NothingToDo, PlanError, RecipeError, SelectorError, UsageError
 from gossamer.plan import Decouple, Plan
@@ -249,6 +249,9 @@ def test_layers_are_timed_and_notes_say_which_got_slower(monkeypatch):
     nodes = chain([ChannelOrder([1, 0, 2], spatial=2), nn.Conv2d(3, 4, 3)])
     assert [n.op for n in nodes] == ["order", "conv"]
     assert all(ms > 0 for ms in time_chains([nodes, nodes[1:]], (1, 3, 8, 8)))
+    repeated = chain([ChannelRepeat(2, spatial=2), nn.Conv2d(6, 6, 3, groups=6)])
+    assert [(n.op, n.ins, n.outs) for n in repeated] == [("repeat", 3, 6), ("conv", 6, 6)]
+    assert all(ms > 0 for ms in time_chains([repeated], (1, 3, 8, 8)))
 
 
 def test_the_step_in_yaml_and_its_mistakes():

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from gossamer.calibration import second_moments, shrunk
 from gossamer.decoupling import FORMS, convolutions, cost, decouple_layer, fit_layer, most_terms, part
-from gossamer.decoupling.fits import product_of_terms
 from gossamer.errors import PlanError, UsageError
 from gossamer.exchange import canonical, dims
 from gossamer.profiling import profile
@@ -111,8 +110,8 @@ def test_terms_are_the_truncated_svd_of_each_input_channel():
     layer = nn.Conv2d(6, 20, 3, groups=2).double()
     w = canonical(layer).numpy()
     for terms in (1, 2, 5):
-        kernels, pointwise = convolutions(decouple_layer(layer, sizes=(terms,)))
-        got = product_of_terms(kernels.weight.detach().reshape(6, terms, 1, 3, 3), canonical(pointwise)).numpy()
+        kernels, pointwise = (m.weight.detach() for m in convolutions(decouple_layer(layer, sizes=(terms,))))
+        got = torch.einsum("goiT,giTt->goit", pointwise.reshape(2, 10, 3, terms), kernels.reshape(2, 3, terms, 9)).numpy()
         for g, i in itertools.product(range(2), range(3)):
             matrix = w[g, :, i].reshape(10, 9)
             u, s, vt = np.linalg.svd(matrix)

@@ -1,4 +1,4 @@
-"""Channels in another order: what a grouped convolution with learned groups needs before and after it."""
+"""Channels in another order, or several times over: what grouped and depthwise convolutions need around them to be exchanged for dense ones."""
 
 from __future__ import annotations
 
@@ -35,3 +35,28 @@ class ChannelOrder(nn.Module):
     def extra_repr(self) -> str:
         """What its print shows."""
         return f"{self.channels} channels"
+
+
+class ChannelRepeat(nn.Module):
+    """All channels, several times over: one Concat in ONNX. Runtimes have fast kernels for one output of each input of a depthwise convolution.
+
+    Example:
+        >>> ChannelRepeat(2, spatial=1)(torch.tensor([[[1.0], [3.0]]])).flatten()
+        tensor([1., 3., 1., 3.])
+
+    Args:
+        times: 1 or more.
+        spatial: dimensions after the channels.
+    """
+
+    def __init__(self, times: int, *, spatial: int) -> None:
+        super().__init__()
+        self.times, self.dim = times, -spatial - 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., channels, *spatial)`` to ``(..., times * channels, *spatial)``."""
+        return torch.cat([x] * self.times, self.dim)
+
+    def extra_repr(self) -> str:
+        """What its print shows."""
+        return f"{self.times} times"

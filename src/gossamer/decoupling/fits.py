@@ -22,7 +22,7 @@ EPSILON = 1e-10
 """Of the mean of the diagonal, added to normal equations that may be singular."""
 
 
-def separable(w: Tensor, terms: int, c_GKK: Tensor | None = None) -> list[Tensor]:
+def separable(w: Tensor, terms: int, c_GKK: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """A kernel for each term of each input channel, and the pointwise weight on them.
 
     Without data that is the SVD of each channel's ``(outs, positions)`` matrix, so that all terms are exact. With data each channel's kernels are
@@ -30,16 +30,19 @@ def separable(w: Tensor, terms: int, c_GKK: Tensor | None = None) -> list[Tensor
 
     Example:
         >>> w = torch.randn(1, 8, 3, 3, 3, dtype=torch.float64)
-        >>> kernels, pointwise = separable(w, 8)
-        >>> kernels.shape, pointwise.shape, bool(torch.dist(product_of_terms(kernels, pointwise), w.flatten(3)) < 1e-6)
-        (torch.Size([3, 8, 1, 3, 3]), torch.Size([1, 8, 24, 1, 1]), True)
+        >>> d_GITt, p_GOIT = separable(w, 8)
+        >>> d_GITt.shape, p_GOIT.shape, bool(torch.dist(product_of_terms(d_GITt, p_GOIT), w.flatten(3)) < 1e-6)
+        (torch.Size([1, 3, 8, 9]), torch.Size([1, 8, 3, 8]), True)
 
     Args:
         w: ``(groups, outs, ins, *kernel)``, float64.
         terms: from 1 to the smaller of outs and kernel positions.
         c_GKK: second moments of the inputs, or None.
+
+    Returns:
+        Kernels ``(groups, ins, terms, positions)`` and pointwise weights ``(groups, outs, ins, terms)``.
     """
-    groups, outs, ins = w.shape[:3]
+    ins = w.shape[2]
     w_GIOt = w.flatten(3).transpose(1, 2)
     if c_GKK is None:
         d_GITt = _leading(w_GIOt.transpose(2, 3) @ w_GIOt, terms).transpose(2, 3)
@@ -58,8 +61,22 @@ def separable(w: Tensor, terms: int, c_GKK: Tensor | None = None) -> list[Tensor
     size_GIT = d_GITt.norm(dim=3).clamp(min=1e-30)
     d_GITt, p_GOIT = d_GITt / size_GIT[..., None], p_GOIT * size_GIT[:, None]
     scale = (p_GOIT.norm().clamp(min=1e-30) / d_GITt.norm().clamp(min=1e-30)).sqrt()
-    one = (1,) * (w.dim() - 3)
-    return [(d_GITt * scale).reshape(groups * ins, terms, 1, *w.shape[3:]), (p_GOIT / scale).reshape(groups, outs, ins * terms, *one)]
+    return d_GITt * scale, p_GOIT / scale
+
+
+def laid_out(d_GITt: Tensor, p_GOIT: Tensor, kernel: Sequence[int], *, repeated: bool) -> list[Tensor]:
+    """Kernels and pointwise weights as those of two convolutions, ``(groups, outs, ins, *kernel)`` each.
+
+    Args:
+        d_GITt, p_GOIT: from `separable`.
+        kernel: its size.
+        repeated: the inputs come once for each term, so that terms go before inputs.
+    """
+    groups, ins, terms, _ = d_GITt.shape
+    if repeated:
+        d_GITt, p_GOIT = d_GITt.transpose(1, 2), p_GOIT.transpose(2, 3)
+    each = 1 if repeated else terms
+    return [d_GITt.reshape(-1, each, 1, *kernel), p_GOIT.reshape(groups, -1, ins * terms, *(1,) * len(kernel))]
 
 
 def bottleneck(w: Tensor, sizes: Sequence[int], c_GKK: Tensor | None = None) -> list[Tensor]:
@@ -144,11 +161,9 @@ def irreplaceable(w: Tensor, c_GKK: Tensor) -> Tensor:
     return torch.einsum("goit,gitu,goiu->goi", w_GOIt, alone, w_GOIt).clamp(min=0)
 
 
-def product_of_terms(kernels: Tensor, pointwise: Tensor) -> Tensor:
+def product_of_terms(d_GITt: Tensor, p_GOIT: Tensor) -> Tensor:
     """The weight that depthwise-separable terms stand for, ``(groups, outs, ins, positions)``."""
-    groups, outs = pointwise.shape[:2]
-    d_GITt = kernels.reshape(groups, -1, kernels.shape[1], kernels[0, 0, 0].numel())
-    return torch.einsum("goiT,giTt->goit", pointwise.reshape(groups, outs, -1, kernels.shape[1]), d_GITt)
+    return torch.einsum("goiT,giTt->goit", p_GOIT, d_GITt)
 
 
 def own_blocks(c_GKK: Tensor, ins: int) -> Tensor:

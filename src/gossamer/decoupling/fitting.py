@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from gossamer.calibration import Moments, shrunk
-from gossamer.decoupling.fits import bottleneck, energies, explained, grouped, irreplaceable, product_of_terms, separable
-from gossamer.decoupling.forms import Sizes, check, convolutions, skeleton
+from gossamer.decoupling.fits import bottleneck, energies, explained, grouped, irreplaceable, laid_out, product_of_terms, separable
+from gossamer.decoupling.forms import Sizes, check, convolutions, repeats, skeleton
 from gossamer.decoupling.partition import assign, part
 from gossamer.errors import UsageError
-from gossamer.exchange import canonical, put
+from gossamer.exchange import canonical, dims, put
 
 Orders = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -54,8 +54,9 @@ def decouple_layer(
     Example:
         >>> decouple_layer(nn.Conv2d(8, 12, 3, stride=2, padding=1), sizes=(2,))
         Sequential(
-          (0): Conv2d(8, 16, kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), groups=8, bias=False)
-          (1): Conv2d(16, 12, kernel_size=(1, 1), stride=(1, 1))
+          (0): ChannelRepeat(2 times)
+          (1): Conv2d(16, 16, kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), groups=16, bias=False)
+          (2): Conv2d(16, 12, kernel_size=(1, 1), stride=(1, 1))
         )
 
     Args:
@@ -100,8 +101,9 @@ def fit_layer(
     found: Orders = (), ()
     groups, outs = w.shape[:2]
     if form == "depthwise_separable":
-        parts = separable(w, sizes[0], c_GKK)
-        made_GOK = product_of_terms(*parts).flatten(2)
+        terms = separable(w, sizes[0], c_GKK)
+        parts = laid_out(*terms, w.shape[3:], repeated=repeats(form, dims(layer), sizes))
+        made_GOK = product_of_terms(*terms).flatten(2)
     elif form == "bottleneck":
         parts = bottleneck(w, sizes, c_GKK)
         made_GOK = torch.einsum("gai,gbat,gob->goit", parts[0].flatten(2), parts[1].flatten(3), parts[2].flatten(2)).flatten(2)
