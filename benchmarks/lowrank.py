@@ -24,10 +24,12 @@ from torch import Tensor, nn
 import gossamer as gs
 from distillation import accuracy
 from gossamer.calibration import Batches, Moments, second_moments
+from gossamer.decoupling import FORMS, cost, sizes_of, unfit
+from gossamer.decoupling import fit_layer as fit_decoupled
+from gossamer.exchange import canonical
 from gossamer.lowrank import METHODS, Site, find_sites, fit_layer, full_ranks
 from gossamer.lowrank.options import largest
-from gossamer.lowrank.structure import canonical
-from gossamer.profiling.chains import time_chains
+from gossamer.profiling.chains import chain, time_chains
 from gossamer.profiling.runtime import evaluating
 from gossamer.run_folder import processor
 from sparsity import Fashion
@@ -41,7 +43,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/lowrank"))
     parser.add_argument("--samples", type=int, help="of Fashion-MNIST to train on; default: all")
     parser.add_argument("--macs", type=float, nargs="*", help="fractions to keep")
-    parser.add_argument("--methods", nargs="*", help="of whole networks; default: all")
+    parser.add_argument("--methods", nargs="*", help="those to run; default: all")
     parser.add_argument("--network", choices=["mobilenet_v2", "efficientnet_lite0"], default="mobilenet_v2")
     parser.add_argument("--limit", type=int, default=200, help="photographs to evaluate on")
     parser.add_argument("--epochs", type=int, default=1, help="of distillation; 0 for none")
@@ -76,10 +78,14 @@ def methods() -> dict[str, Callable[..., gs.Result]]:
         "auto": auto,
         "pruning": prune,
     }
-    if hasattr(gs, "decouple"):
-        decouple = gs.decouple
-        found["decoupled"] = lambda network, inputs, macs, calibration: decouple(network, inputs, macs=macs, calibration=calibration)
-    return found
+
+    def decoupled(form: Any) -> Callable[..., gs.Result]:
+        def run(network: nn.Module, inputs: Any, macs: float, calibration: Data) -> gs.Result:
+            return gs.decouple(network, inputs, form=form, macs=macs, calibration=calibration, runtime=None)
+
+        return run
+
+    return found | {f"decoupled, {form.replace('_', ' ')}": decoupled(form) for form in FORMS}
 
 
 def at_one_fraction(network: nn.Module, inputs: Any, macs: float, calibration: Data) -> gs.Result:
@@ -165,7 +171,7 @@ def layers(options: argparse.Namespace) -> None:
     print("| MACs | method | weight | outputs, weights only | outputs, fitted | seconds | latency | tensorly: weight, seconds |")
     print("|---|---|---|---|---|---|---|---|")
     for part in options.macs or (0.5, 0.25):
-        for method in METHODS:
+        for method in chosen(METHODS, options):
             rows = []
             for site in sites:
                 ranks = largest(site, method, full_ranks(method, site.dims), part * site.macs, 8)
@@ -178,10 +184,38 @@ def layers(options: argparse.Namespace) -> None:
                 (errors,) = output_errors(model, [site], [[plain.module, fitted.module]], held)
                 one, many = time_chains([site.chain(), site.chain(method, ranks)], site.shapes[0])
                 rows.append((plain.error, *errors, took, many / one, *(peers(site, method, ranks) or ())))
-            columns = [(statistics.mean(c), min(c), max(c)) for c in zip(*rows, strict=True)]
-            cells = [f"{m:.2f} ({low:.2f} to {high:.2f})" for m, low, high in columns]
-            print(f"| {part} | {method} | " + " | ".join(cells[:5]) + f" | {', '.join(cells[5:])} |", flush=True)
+            _row(part, method, rows)
+        for form in chosen(FORMS, options):
+            rows = [r for site in sites if (r := decoupled_row(model, site, form, part, moments[site.name], held))]
+            _row(part, form.replace("_", " "), rows)
     print(f"\n{len(sites)} layers of {', '.join(f'{s.dims.ins}->{s.dims.outs}' for s in sites)}; means, and the range over layers")
+
+
+def chosen(names: Sequence[str], options: argparse.Namespace) -> list[str]:
+    return [n for n in names if options.methods is None or n in options.methods]
+
+
+def _row(part: float, name: str, rows: Sequence[tuple[float, ...]]) -> None:
+    columns = [(statistics.mean(c), min(c), max(c)) for c in zip(*rows, strict=True)]
+    cells = [f"{m:.2f} ({low:.2f} to {high:.2f})" for m, low, high in columns]
+    few = f" ({len(rows)} layers)" if len(rows) > 0 else " (no layer)"
+    print(f"| {part} | {name}{few} | " + " | ".join(cells[:5]) + f" | {', '.join(cells[5:])} |", flush=True)
+
+
+def decoupled_row(model: nn.Module, site: Site, form: str, part: float, moments: Moments, held: Data) -> tuple[float, ...] | None:
+    """Errors, seconds and latency of a layer decoupled to the most MACs within a fraction of its own; None where no size is within it."""
+    fits = [(cost(site.layer, form, s, site.shapes)[0], s) for s in sizes_of(form, site.dims) if unfit(form, site.dims, s) is None]
+    within = [f for f in fits if f[0] <= part * site.macs * 1.001]
+    if not within:
+        return None
+    sizes = max(within)[1]
+    started = time.perf_counter()
+    fitted = fit_decoupled(site.layer, form, sizes, moments=moments)
+    took = time.perf_counter() - started
+    plain = fit_decoupled(site.layer, form, sizes)
+    (errors,) = output_errors(model, [site], [[plain.module, fitted.module]], held)
+    one, many = time_chains([site.chain(), chain(fitted.module)], site.shapes[0])
+    return plain.error, *errors, took, many / one
 
 
 def pointwise(options: argparse.Namespace) -> None:

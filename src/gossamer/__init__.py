@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gossamer.decoupling import decouple
     from gossamer.distillation import distill
     from gossamer.exporting import export
     from gossamer.flow import compress
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from gossamer.profiling import benchmark, profile
     from gossamer.pruning import prune
     from gossamer.quantization import quantize
-    from gossamer.recipe import Budget, Cluster, Distill, Factorize, Fit, Prune, Quantize, Recipe, Sparsify
+    from gossamer.recipe import Budget, Cluster, Decouple, Distill, Factorize, Fit, Prune, Quantize, Recipe, Sparsify
     from gossamer.result import Profile, Proof, Result
     from gossamer.run_folder import load
     from gossamer.sharing import cluster
@@ -32,6 +33,7 @@ _HOME = {
     "channels": "gossamer.trace",
     "cluster": "gossamer.sharing",
     "compress": "gossamer.flow",
+    "decouple": "gossamer.decoupling",
     "distill": "gossamer.distillation",
     "export": "gossamer.exporting",
     "factorize": "gossamer.lowrank",
@@ -46,6 +48,7 @@ _HOME = {
     "sparsify": "gossamer.sparsity",
     "Budget": "gossamer.recipe",
     "Cluster": "gossamer.recipe",
+    "Decouple": "gossamer.recipe",
     "Distill": "gossamer.recipe",
     "Factorize": "gossamer.recipe",
     "Fit": "gossamer.recipe",
@@ -64,6 +67,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Budget",
     "Cluster",
+    "Decouple",
     "Distill",
     "Factorize",
     "Fit",
@@ -81,6 +85,7 @@ __all__ = [
     "channels",
     "cluster",
     "compress",
+    "decouple",
     "distill",
     "export",
     "factorize",

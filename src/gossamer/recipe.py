@@ -84,6 +84,33 @@ class Factorize(_Step):
         return self
 
 
+class Decouple(_Step):
+    """Replace dense convolutions by cheaper kinds of convolution.
+
+    ``form`` is ``depthwise_separable`` with ``terms`` for each input channel, ``grouped`` with ``groups``, or ``bottleneck`` with a ``width``
+    (fraction of the channels inside); or, in place of these sizes, ``macs`` (fraction of the network's to keep).
+    """
+
+    kind: ClassVar[str] = "decouple"
+    form: Literal["depthwise_separable", "grouped", "bottleneck"] = "depthwise_separable"
+    terms: int = Field(1, ge=1)
+    groups: int | None = Field(None, ge=2)
+    width: float | None = Field(None, gt=0, lt=1)
+    macs: float | None = Field(None, gt=0, lt=1)
+    ignore: tuple[str, ...] = ()
+    reestimate_bn: bool = True
+    samples: int = Field(64, ge=1)
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Decouple:
+        sizes = {"depthwise_separable": self.terms != 1, "grouped": self.groups is not None, "bottleneck": self.width is not None}
+        if any(given and (form != self.form or self.macs is not None) for form, given in sizes.items()):
+            raise ValueError("decouple takes terms, groups or width, the one of its form, or macs")
+        if self.form != "depthwise_separable" and not sizes[self.form] and self.macs is None:
+            raise ValueError(f"decouple to form {self.form} needs {'groups' if self.form == 'grouped' else 'width'} or macs")
+        return self
+
+
 class Sparsify(_Step):
     """Set single weights to zero: the coded weights file shrinks; ONNX Runtime gets neither faster nor smaller.
 
@@ -196,9 +223,9 @@ class Quantize(_Step):
     ignore: tuple[str, ...] = ()
 
 
-Step = Prune | Factorize | Sparsify | Cluster | Fit | Distill | Quantize
-_ORDER = ("prune", "factorize", "sparsify", "cluster")
-STEPS: dict[str, type[_Step]] = {s.kind: s for s in (Prune, Factorize, Sparsify, Cluster, Fit, Distill, Quantize)}
+Step = Prune | Factorize | Decouple | Sparsify | Cluster | Fit | Distill | Quantize
+_ORDER = ("prune", "factorize", "decouple", "sparsify", "cluster")
+STEPS: dict[str, type[_Step]] = {s.kind: s for s in (Prune, Factorize, Decouple, Sparsify, Cluster, Fit, Distill, Quantize)}
 
 
 class Budget(BaseModel):
@@ -329,7 +356,7 @@ class Recipe(BaseModel):
         kinds = [s.kind for s in steps]
         if "quantize" in kinds[:-1]:
             raise RecipeError(f"{where}: quantize must be the last step; nothing can be trained or cut after it")
-        for first, then in (("prune", _ORDER[1:]), ("factorize", _ORDER[2:]), ("sparsify", _ORDER[3:])):
+        for first, then in (("prune", _ORDER[1:]), ("factorize", _ORDER[3:]), ("decouple", _ORDER[3:]), ("sparsify", _ORDER[4:])):
             late = next((k for i, k in enumerate(kinds) if k in then and first in kinds[i:]), None)
             if late:
                 raise RecipeError(f"{where}: {first} comes before {late}, which it would undo")

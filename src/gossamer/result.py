@@ -103,16 +103,19 @@ class Proof:
 ORDER = {
     "keep": "prune",
     "factorize": "factorize",
+    "decouple": "decouple",
     "mask": "sparsify",
     "share": "cluster",
     "quantize_weight": "quantize",
     "quantize_activation": "quantize",
 }
 """Kinds of edits, and the step each comes from, in the order in which steps can follow each other: a later one would be undone."""
+_EITHER = {"decouple": "factorize"}
+"""Steps that may come before or after one another."""
 
 
 def network_of(model: nn.Module | Result, step: str) -> nn.Module:
-    """The network to go on from with a step: ``"prune"``, ``"factorize"``, ``"sparsify"``, ``"cluster"`` or ``"quantize"``.
+    """The network to go on from with a step: ``"prune"``, ``"factorize"``, ``"decouple"``, ``"sparsify"``, ``"cluster"`` or ``"quantize"``.
 
     Raises:
         UsageError: what was given is neither a network nor a `Result`, or the step would undo what was done already: cutting channels fills
@@ -124,7 +127,8 @@ def network_of(model: nn.Module | Result, step: str) -> nn.Module:
 
     if isinstance(model, Result):
         steps = list(dict.fromkeys(ORDER.values()))
-        later = [s for s in steps if s in {ORDER.get(k) for k in model.plan.counts()} and steps.index(s) > steps.index(step)]
+        done = {ORDER.get(k) for k in model.plan.counts()} - {_EITHER.get(step), *(s for s, other in _EITHER.items() if other == step)}
+        later = [s for s in steps if s in done and steps.index(s) > steps.index(step)]
         if later or (step == "quantize" and "quantize_weight" in model.plan.counts()):
             raise UsageError(
                 f"{step} would undo {(later or [step])[0]}, which was done already: {step} comes first, before "

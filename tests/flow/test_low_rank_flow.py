@@ -31,6 +31,17 @@ def test_factorised_trained_and_quantised_in_one_job(batches, tmp_path):  # noqa
     assert resumed.plan == result.plan
 
 
+def test_decoupled_and_trained_in_one_job(batches, tmp_path):  # noqa: F811
+    out = tmp_path / "run"
+    recipe = [gs.Decouple(form="grouped", groups=2), gs.Distill(epochs=1, lr=1e-3)]
+    result = gs.compress(network(), batches, recipe=recipe, out=out, seed=3)
+    assert result.plan.counts()["decouple"] >= 1
+    assert result.report["after"]["macs"] < result.report["before"]["macs"]
+    assert any("decoupled: grouped" in note for note in result.report["steps"][0]["notes"])
+    with torch.no_grad():
+        assert torch.equal(gs.load(out, network())(batches[0][0]), result.model(batches[0][0]))
+
+
 def test_the_step_in_yaml_and_its_mistakes():
     recipe = Recipe.parse(
         "steps: [{prune: {ratio: 0.2}}, {factorize: {macs: 0.5, method: [svd, cp]}}, {sparsify: {sparsity: 0.5}}, quantize]"

@@ -11,9 +11,10 @@ from torch import nn
 
 from gossamer.calibration import Moments, patches
 from gossamer.errors import PlanError, UsageError
+from gossamer.exchange import canonical
 from gossamer.lowrank import METHODS, dims, factorize_layer, factors_of, find_sites, fit_layer, full_ranks
 from gossamer.lowrank.fitting import product
-from gossamer.lowrank.structure import canonical, takes
+from gossamer.lowrank.structure import takes
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 

@@ -2,7 +2,7 @@
 
 from gossamer.calibration.batchnorm import measuring_batch_norms, reestimate_batch_norm
 from gossamer.calibration.divergence import Divergence
-from gossamer.calibration.moments import Moments, in_stages, second_moments
+from gossamer.calibration.moments import Moments, in_stages, second_moments, shrunk
 from gossamer.calibration.norms import following_norms
 from gossamer.calibration.patches import patches
 from gossamer.calibration.reading import Batches
@@ -17,4 +17,5 @@ __all__ = [
     "patches",
     "reestimate_batch_norm",
     "second_moments",
+    "shrunk",
 ]

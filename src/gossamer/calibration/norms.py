@@ -12,8 +12,8 @@ from gossamer.profiling.runtime import evaluating
 from gossamer.sources.batches import Batch
 
 
-def following_norms(model: nn.Module, names: Sequence[str], batches: Iterable[Batch]) -> dict[str, _BatchNorm]:
-    """For each layer without a bias: the batch norm whose input is exactly what that layer gave, where there is one."""
+def following_norms(model: nn.Module, names: Sequence[str], batches: Iterable[Batch], *, biased: bool = False) -> dict[str, _BatchNorm]:
+    """For each layer without a bias, or ``biased`` ones too: the batch norm whose input is exactly what that layer gave, where there is one."""
     made: dict[int, str] = {}
     alive: list[Tensor] = []
     found: dict[str, list[_BatchNorm]] = {}
@@ -33,7 +33,7 @@ def following_norms(model: nn.Module, names: Sequence[str], batches: Iterable[Ba
             found.setdefault(name, []).append(module)
 
     layers = {n: model.get_submodule(n) for n in names}
-    handles = [m.register_forward_hook(give(n)) for n, m in layers.items() if m.bias is None]
+    handles = [m.register_forward_hook(give(n)) for n, m in layers.items() if biased or m.bias is None]
     handles += [m.register_forward_pre_hook(take) for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     try:
         with evaluating(model):

@@ -10,7 +10,7 @@ from torch import nn
 
 from gossamer.flow.job import Job, Progress
 from gossamer.plan import Plan
-from gossamer.recipe import Cluster, Distill, Factorize, Fit, Prune, Quantize, Sparsify
+from gossamer.recipe import Cluster, Decouple, Distill, Factorize, Fit, Prune, Quantize, Sparsify
 from gossamer.result import Profile, Result
 
 
@@ -20,7 +20,7 @@ def run_step(
     """Apply one step.
 
     Args:
-        step: a `Prune`, `Factorize`, `Sparsify`, `Cluster`, `Fit`, `Distill` or `Quantize`.
+        step: a `Prune`, `Factorize`, `Decouple`, `Sparsify`, `Cluster`, `Fit`, `Distill` or `Quantize`.
         model: the network so far; not changed.
         plan: of the steps so far: training keeps its zeros and its shared weights.
         before: its profile.
@@ -44,6 +44,13 @@ def run_step(
 
             options = step.model_dump()
             return factorize(
+                model, job.example_inputs, calibration=job.calibration, threads=job.threads, seed=job.seed, progress=tick, **options
+            )
+        case Decouple():
+            from gossamer.decoupling import decouple
+
+            options = step.model_dump()
+            return decouple(
                 model, job.example_inputs, calibration=job.calibration, threads=job.threads, seed=job.seed, progress=tick, **options
             )
         case Sparsify():

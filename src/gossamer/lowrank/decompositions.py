@@ -15,23 +15,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gossamer.calibration import Moments
 from gossamer.lowrank.structure import Ranks
 
-SHRINKAGE = 0.2
 SWEEPS = 8
 """Of higher-order orthogonal iteration: the error changes in the fourth digit after that."""
 EPSILON = 1e-10
 """Of the mean of the diagonal, added to normal equations that may be singular: a feature that is always zero."""
-
-
-def shrunk(moments: Moments) -> Tensor:
-    """Covariance of a layer's inputs, shrunk: ``(groups, K, K)``, float64, positive definite. Inputs that never change count alike."""
-    c_GKK = moments.covariance().double()
-    average_G1 = c_GKK.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
-    silent_G1 = average_G1 <= 1e-20
-    diagonal_GK = torch.where(silent_G1, 1.0, SHRINKAGE * average_G1).expand(c_GKK.shape[:2])
-    return torch.where(silent_G1[:, :, None], 0.0, (1 - SHRINKAGE) * c_GKK) + torch.diag_embed(diagonal_GK)
 
 
 def svd(w: Tensor, rank: int, c_GKK: Tensor | None = None) -> list[Tensor]:
@@ -46,7 +35,7 @@ def svd(w: Tensor, rank: int, c_GKK: Tensor | None = None) -> list[Tensor]:
     Args:
         w: ``(groups, outs, ins, *kernel)``, float64.
         rank: of each group.
-        c_GKK: second moments of the inputs, as `shrunk` gives them; None minimises the weight's error.
+        c_GKK: second moments of the inputs, as `gossamer.calibration.shrunk` gives them; None minimises the weight's error.
 
     Returns:
         Weights of the layers that `factors_of` lists, in the same form.

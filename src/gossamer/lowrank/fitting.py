@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gossamer.calibration import Moments
+from gossamer.calibration import Moments, shrunk
 from gossamer.errors import UsageError
+from gossamer.exchange import Layer, canonical, dims, put
 from gossamer.lowrank.cp import CPFit, cp
-from gossamer.lowrank.decompositions import shrunk, spatial_svd, svd, tucker2
-from gossamer.lowrank.structure import Layer, Ranks, canonical, check_ranks, dims, put, skeleton
+from gossamer.lowrank.decompositions import spatial_svd, svd, tucker2
+from gossamer.lowrank.structure import Ranks, check_ranks, skeleton
 
 
 @dataclass(frozen=True)

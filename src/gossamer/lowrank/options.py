@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from gossamer.calibration import Divergence, Moments, in_stages, second_moments
-from gossamer.lowrank.decompositions import shrunk
+from gossamer.calibration import Divergence, Moments, in_stages, second_moments, shrunk
 from gossamer.lowrank.fitting import Fitted, fit_layer
 from gossamer.lowrank.layers import Site
 from gossamer.lowrank.structure import Ranks, full_ranks, takes

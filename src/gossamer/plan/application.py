@@ -9,17 +9,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from gossamer.errors import PlanError, near
-from gossamer.plan.edits import AdaptAttention, AddBias, BaseEdit, Factorize, Keep, Mask, RescaleCall, SetAttribute, Share
+from gossamer.plan.edits import AdaptAttention, AddBias, BaseEdit, Decouple, Factorize, Keep, Mask, RescaleCall, SetAttribute, Share
 from gossamer.plan.weights import snap, unpack_mask
 
 
 def apply_structure(model: nn.Module, edits: Sequence[BaseEdit], *, copied: bool = False, values: bool = True) -> nn.Module:
     """Apply the edits that change a network's structure to a copy of ``model``, and return the copy; ``copied`` says it already is one.
 
-    Without ``values`` the weights of factorised layers are zero, for a caller that fills them in.
+    Without ``values`` the weights of factorised and decoupled layers are zero, for a caller that fills them in.
     """
     from gossamer.adapters import adapt_attention, rescale_calls
 
@@ -53,6 +54,8 @@ def apply_structure(model: nn.Module, edits: Sequence[BaseEdit], *, copied: bool
                 module.bias = nn.Parameter(weight.new_zeros(edit.size))
             case Factorize():
                 model = replace_module(model, _module(model, edit.module), _factorised(model, edit, values))
+            case Decouple():
+                model = _decoupled(model, edit, values)
             case Mask():
                 tensor = _tensor(model, edit.tensor)
                 if tuple(tensor.shape) != edit.shape:
@@ -94,6 +97,20 @@ def _factorised(model: nn.Module, edit: Factorize, values: bool) -> nn.Module:
     if not values:
         return skeleton(layer, edit.method, edit.ranks, bias=edit.bias)
     return factorize_layer(layer, method=edit.method, ranks=edit.ranks, bias=edit.bias)
+
+
+def _decoupled(model: nn.Module, edit: Decouple, values: bool) -> nn.Module:
+    from gossamer.decoupling import check, decouple_layer, exchange, skeleton
+
+    layer = _module(model, edit.module)
+    check(layer, edit.form, edit.sizes, edit.inputs, edit.outputs, edit.module)
+    assert isinstance(layer, _ConvNd)
+    norm = None if edit.norm is None else _module(model, edit.norm)
+    if norm is not None and (not isinstance(norm, _BatchNorm) or norm.num_features != len(edit.outputs)):
+        raise PlanError(f"module {edit.norm!r} is not a batch norm of the {len(edit.outputs)} channels that {edit.module!r} orders")
+    make = decouple_layer if values else skeleton
+    made = make(layer, form=edit.form, sizes=edit.sizes, inputs=edit.inputs, outputs=edit.outputs, bias=edit.bias)
+    return exchange(model, layer, made, norm=norm, outputs=edit.outputs)
 
 
 def _cut_tensors(model: nn.Module, edits: Sequence[Keep], *, by_id: bool = True) -> Any:

@@ -73,6 +73,24 @@ class Factorize(BaseEdit):
     bias: bool
 
 
+class Decouple(BaseEdit):
+    """Replace a convolution, wherever it is registered, by depthwise-separable terms, a grouped convolution or a bottleneck.
+
+    ``sizes`` are terms, groups, or inner inputs and outputs, of each group that there is; ``bias`` says whether the last convolution has one.
+    ``inputs`` and ``outputs`` are the channels in the order of a grouped one's groups, empty where they stay in place. ``norm`` is the batch norm
+    that takes what it gives, where that comes before the order back: tools fold it into the convolution then.
+    """
+
+    kind: Literal["decouple"] = "decouple"
+    module: str
+    form: Literal["depthwise_separable", "grouped", "bottleneck"]
+    sizes: tuple[int, ...]
+    bias: bool
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+    norm: str | None = None
+
+
 class Mask(BaseEdit):
     """Set entries of a weight to zero; where the network is trained afterwards, they stay zero.
 
@@ -133,10 +151,21 @@ class QuantizeActivation(BaseEdit):
 
 
 Edit = Annotated[
-    Keep | SetAttribute | RescaleCall | AdaptAttention | AddBias | Factorize | Mask | Share | AsGraph | QuantizeWeight | QuantizeActivation,
+    Keep
+    | SetAttribute
+    | RescaleCall
+    | AdaptAttention
+    | AddBias
+    | Factorize
+    | Decouple
+    | Mask
+    | Share
+    | AsGraph
+    | QuantizeWeight
+    | QuantizeActivation,
     Field(discriminator="kind"),
 ]
-StructureEdit = Keep | SetAttribute | RescaleCall | AdaptAttention | AddBias | Factorize | Mask | Share
+StructureEdit = Keep | SetAttribute | RescaleCall | AdaptAttention | AddBias | Factorize | Decouple | Mask | Share
 QUANTIZE = (QuantizeWeight, QuantizeActivation)
 
 

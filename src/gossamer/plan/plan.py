@@ -19,6 +19,7 @@ from gossamer.plan.edits import (
     AddBias,
     AsGraph,
     BaseEdit,
+    Decouple,
     Edit,
     Factorize,
     InputSpec,
@@ -31,6 +32,8 @@ from gossamer.plan.edits import (
     Share,
     StructureEdit,
 )
+
+_SIZES = {"depthwise_separable": "terms", "grouped": "groups", "bottleneck": "width"}
 
 
 class Plan(BaseModel):
@@ -65,7 +68,7 @@ class Plan(BaseModel):
 
         Args:
             model: the source network; it is not changed.
-            values: without them the weights of factorised layers are zero, for a caller that fills them in. Else they are factors of the
+            values: without them the weights of factorised and decoupled layers are zero, for a caller that fills them in. Else they are factors of the
                 weights alone: those that were fitted to data are in the saved weights, not in the plan.
 
         Returns:
@@ -149,6 +152,9 @@ class Plan(BaseModel):
                     lines.append(f"  add bias  {e.module} [{e.size}]")
                 case Factorize():
                     lines.append(f"  factorise {e.module or 'the network'}: {e.method}, rank {' and '.join(map(str, e.ranks))}")
+                case Decouple():
+                    sizes = " and ".join(map(str, e.sizes))
+                    lines.append(f"  decouple  {e.module or 'the network'}: {e.form.replace('_', ' ')}, {_SIZES[e.form]} {sizes}")
                 case Mask():
                     lines.append(f"  mask      {e.tensor}: {e.nonzeros:,} of {prod(e.shape):,} stay")
                 case Share():

@@ -13,6 +13,7 @@ import numpy as np
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from gossamer.adapters import ChannelOrder, ChannelRepeat
 from gossamer.profiling.runtime import options
 
 ROUNDS = 7
@@ -22,10 +23,10 @@ _MOST_RUNS = 50
 
 @dataclass(frozen=True)
 class Node:
-    """One convolution or linear layer, as ONNX Runtime sees it.
+    """One convolution, linear layer or movement of channels, as ONNX Runtime sees it.
 
     Attributes:
-        op: ``"conv"``, ``"transposed"`` or ``"linear"``.
+        op: ``"conv"``, ``"transposed"``, ``"linear"``, ``"order"`` (channels in another order) or ``"repeat"`` (several times over).
         ins, outs: channels or features.
         kernel, stride, dilation, output_padding: per spatial dimension.
         pads: before each spatial dimension, then after each.
@@ -50,18 +51,26 @@ _KNOWN: dict[tuple[tuple[Chain, ...], tuple[int, ...], int], tuple[float, ...]] 
 
 
 def chain(layers: Iterable[nn.Module]) -> Chain:
-    """Linear layers and convolutions in a row as nodes; padding of any mode counts as zeros.
+    """Linear layers, convolutions and movements of channels in a row as nodes; padding of any mode counts as zeros.
 
     Example:
         >>> [(n.op, n.ins, n.outs) for n in chain([nn.Linear(4, 2, bias=False), nn.Linear(2, 8)])]
         [('linear', 4, 2), ('linear', 2, 8)]
     """
-    return tuple(_node(layer) for layer in layers)
+    row = list(layers)
+    return tuple(_repeat(a, b) if isinstance(a, ChannelRepeat) else _node(a) for a, b in zip(row, [*row[1:], None], strict=True))
+
+
+def _repeat(layer: ChannelRepeat, following: nn.Module | None) -> Node:
+    assert isinstance(following, _ConvNd)
+    return Node("repeat", following.in_channels // layer.times, following.in_channels, kernel=(1,) * (-layer.dim - 1), bias=False)
 
 
 def _node(layer: nn.Module) -> Node:
     if isinstance(layer, nn.Linear):
         return Node("linear", layer.in_features, layer.out_features, bias=layer.bias is not None)
+    if isinstance(layer, ChannelOrder):
+        return Node("order", layer.channels, layer.channels, kernel=(1,) * (-layer.dim - 1), bias=False)
     assert isinstance(layer, _ConvNd)
     before: list[int]
     if isinstance(layer.padding, str):
@@ -149,6 +158,11 @@ def _graph(nodes: Chain, shape: tuple[int, ...]) -> tuple[bytes, dict[str, Any]]
             if n.bias:
                 weights.append(numpy_helper.from_array(noise(n.outs), f"b{i}"))
                 made.append(helper.make_node("Add", [f"{after}m", f"b{i}"], [after]))
+        elif n.op == "order":
+            weights.append(numpy_helper.from_array(generator.permutation(n.ins), f"w{i}"))
+            made.append(helper.make_node("Gather", [value, f"w{i}"], [after], axis=len(shape) - len(n.kernel) - 1))
+        elif n.op == "repeat":
+            made.append(helper.make_node("Concat", [value] * (n.outs // n.ins), [after], axis=len(shape) - len(n.kernel) - 1))
         else:
             transposed = n.op == "transposed"
             size = (n.ins, n.outs // n.groups) if transposed else (n.outs, n.ins // n.groups)

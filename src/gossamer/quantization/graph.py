@@ -24,6 +24,7 @@ SPLIT = {"split", "split_with_sizes", "chunk", "unbind", "tensor_split"}
 VIEW = {
     "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "t", "slice", "select", "expand", "clone",
     "contiguous", "pixel_shuffle", "pixel_unshuffle", "narrow", "channel_shuffle", "movedim", "alias", "detach", "repeat", "roll", "flip",
+    "index_select",
 }  # fmt: skip
 _ALIASES = {
     "unsafe_view": "view",
