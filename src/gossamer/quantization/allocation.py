@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from gossamer.errors import UsageError
 from gossamer.quantization.graph import channel_axis, tensor_at, value, weight_name
@@ -37,7 +38,7 @@ def weight_losses(
         losses = []
         for bits in widths:
             rounded = fake_quantize(w, mse_steps(w, bits, axis, candidates=50), bits, axis)
-            losses.append(runs.loss(node, lambda _, rounded=rounded: rounded))
+            losses.append(runs.loss(node, partial(_replace, rounded)))
         found[name] = monotone(losses)
         if progress:
             progress(i + 1, len(uses))
@@ -54,12 +55,22 @@ def activation_losses(
         for bits in widths:
             step, zero = affine(*histograms[node].range(observer, bits), bits)
             top = (1 << bits) - 1
-            losses.append(runs.loss(node, lambda x, s=step, z=zero, t=top: (x / s).round_().add_(z).clamp_(0, t).sub_(z).mul_(s)))
+            losses.append(runs.loss(node, partial(_round, step, zero, top)))
         found[node] = monotone(losses)
     return found
 
 
-def allocate(losses: Mapping[Any, Sequence[float]], sizes: Mapping[Any, int], average: float, widths: Sequence[int] = WIDTHS) -> dict[Any, int]:
+def _replace(rounded: Tensor, _: Tensor) -> Tensor:
+    return rounded
+
+
+def _round(step: float, zero: int, top: int, x: Tensor) -> Tensor:
+    return (x / step).round_().add_(zero).clamp_(0, top).sub_(zero).mul_(step)
+
+
+def allocate(
+    losses: Mapping[Any, Sequence[float]], sizes: Mapping[Any, int], average: float, widths: Sequence[int] = WIDTHS
+) -> dict[Any, int]:
     """Bit width of each tensor: the least total loss whose average over all entries is at most ``average``.
 
     Example:

@@ -38,7 +38,12 @@ def correct_analytically(floating: fx.GraphModule, quantised: fx.GraphModule) ->
             w = tensor_at(floating, name)
             shape, mean_C = geometry(original, w), _mean(original.args[0])
             stored = layer.args[1]
-            if shape is None or mean_C is None or not isinstance(stored, fx.Node) or stored.target is not torch.ops.gossamer.dequantize.default:
+            if (
+                shape is None
+                or mean_C is None
+                or not isinstance(stored, fx.Node)
+                or stored.target is not torch.ops.gossamer.dequantize.default
+            ):
                 continue
             zero = tensor_at(quantised, name + "_zero_point") if stored.args[2] is not None else None
             error = dequantize(tensor_at(quantised, name), tensor_at(quantised, name + "_step"), zero, stored.args[3]) - w
@@ -85,4 +90,5 @@ def _mean(node: object) -> Tensor | None:
         return None if any(t is None for t in terms) else terms[0] + terms[1]  # type: ignore[operator]
     if "normal" not in node.meta:
         return None
-    return clipped_normal_mean(*node.meta["normal"], low, high)
+    mean, deviation = node.meta["normal"]
+    return clipped_normal_mean(mean, deviation, low, high)

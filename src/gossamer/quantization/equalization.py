@@ -15,7 +15,6 @@ from torch import Tensor, fx
 
 from gossamer.quantization.graph import (
     AVERAGE,
-    CLIP,
     CONVOLUTION,
     LINEAR,
     MAXIMUM,
@@ -104,14 +103,14 @@ def find_wires(module: fx.GraphModule) -> list[Wire]:
                 wire.cap = min(top, wire.cap) if wire.cap is not None else top
             at[node] = wire
             wire.nodes.append(node)
-        elif op in ("view", "flatten", "reshape", "squeeze") and first in at and _flattens_points(node, first):
+        elif first in at and _keeps_channels(node, first):
             at[node] = at[first]
             at[first].nodes.append(node)
-        elif op == "pad" and first in at and _same_channels(node, first) and (len(node.args) < 4 or node.args[3] in (None, 0, 0.0)):
-            at[node] = at[first]
-            at[first].nodes.append(node)
-        elif op == "add" and not node.kwargs and len(node.args) == 2 and all(
-            isinstance(a, fx.Node) and a in at and _same_shape(a, node) for a in node.args
+        elif (
+            op == "add"
+            and not node.kwargs
+            and len(node.args) == 2
+            and all(isinstance(a, fx.Node) and a in at and _same_shape(a, node) for a in node.args)
         ):
             wire = at[node] = merge(at[node.args[0]], at[node.args[1]])
             wire.nodes.append(node)
@@ -253,10 +252,16 @@ def _same_shape(node: fx.Node, like: fx.Node) -> bool:
     return a is not None and b is not None and a.shape == b.shape and a.dim() >= 2
 
 
-def _flattens_points(node: fx.Node, before: fx.Node) -> bool:
-    """Whether a view only drops positions of size 1."""
+def _keeps_channels(node: fx.Node, before: fx.Node) -> bool:
+    """Whether a node pads with zeros, or is a view that only drops positions of size 1."""
+    if op_name(node) == "pad":
+        return _same_channels(node, before) and (len(node.args) < 4 or node.args[3] in (None, 0, 0.0))
+    if op_name(node) not in ("view", "flatten", "reshape", "squeeze"):
+        return False
     a, b = value(node), value(before)
-    return a is not None and b is not None and b.dim() > 2 and a.dim() == 2 and a.shape[1] == b.shape[1] and all(n == 1 for n in b.shape[2:])
+    return (
+        a is not None and b is not None and b.dim() > 2 and a.dim() == 2 and a.shape[1] == b.shape[1] and all(n == 1 for n in b.shape[2:])
+    )
 
 
 def clip_of(node: fx.Node) -> tuple[float | None, float | None]:

@@ -38,7 +38,9 @@ class Options:
             if not _whole(bits) or not 2 <= bits <= 8:
                 raise UsageError(f"weight_bits={bits!r}{f' for {pattern!r}' if pattern else ''}: give an integer from 2 to 8")
         if self.activation_bits not in ("auto", 16) and not (_whole(self.activation_bits) and 2 <= self.activation_bits <= 8):  # type: ignore[operator]
-            raise UsageError(f"activation_bits={self.activation_bits!r}: give an integer from 2 to 8, 16, or 'auto' for 8 or 16 by sensitivity")
+            raise UsageError(
+                f"activation_bits={self.activation_bits!r}: give an integer from 2 to 8, 16, or 'auto' for 8 or 16 by sensitivity"
+            )
         for name, known in (
             ("step", STEPS),
             ("granularity", GRANULARITIES),

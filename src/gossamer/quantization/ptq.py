@@ -21,6 +21,7 @@ from gossamer.quantization.edits import activation_edit, weight_edits, with_step
 from gossamer.quantization.equalization import equalize as equalize_channels
 from gossamer.quantization.equalization import find_wires
 from gossamer.quantization.graph import weight_name
+from gossamer.quantization.latency import slower_in_integers
 from gossamer.quantization.observers import Histogram
 from gossamer.quantization.options import Options
 from gossamer.quantization.points import Points, find_points
@@ -99,9 +100,7 @@ def quantize(
         ExportError: the network cannot be captured as one graph.
     """
     given, model = model, network_of(model, "quantize")
-    options = Options(
-        weight_bits, activation_bits, average_bits, step, granularity, observer, rounding, equalize, bias_correction, prefer
-    )
+    options = Options(weight_bits, activation_bits, average_bits, step, granularity, observer, rounding, equalize, bias_correction, prefer)
     aim = resolve(target, prefer)
     example_inputs = check_inputs(example_inputs)
     if calibration is None:
@@ -116,9 +115,9 @@ def quantize(
     points = find_points(floating, ignore=ignore)
     if not points.layers:
         raise NothingToDo("nothing to quantise: the network has no convolution or linear layer" + "".join(f"; {n}" for n in points.notes))
-    floating, network, edits, notes = _static(floating, points, options, aim, calibration, example_inputs, progress)
+    floating, network, edits, more = _static(floating, points, options, aim, ignore, calibration, example_inputs, progress)
     before, after = _profiles(model, floating, network, example_inputs)
-    notes = (*floating.meta["notes"], aim.note, *points.notes, *notes)
+    notes = (*floating.meta["notes"], aim.note, *points.notes, *more)
     plan = Plan(edits=tuple(edits), inputs=input_specs(example_inputs))
     result = Result(network, plan, before, after, example_inputs=example_inputs, notes=notes)
     return given.then(result) if isinstance(given, Result) else result
@@ -129,6 +128,7 @@ def _static(
     points: Points,
     options: Options,
     aim: Target,
+    ignore: Sequence[str],
     calibration: Iterable[Any],
     example_inputs: Any,
     progress: Progress | None,
@@ -152,6 +152,14 @@ def _static(
     weights = weight_edits(
         floating, points, rounded, bits, step=options.step, per_channel=options.granularity == "channel", signed=aim.signed
     )
+    if options.prefer == "latency" and aim.here:
+        slower, note = slower_in_integers(floating, points, [*weights, *rounded.values()], ignore, example_inputs)
+        notes.append(note)
+        points = find_points(floating, ignore=[*ignore, *slower])
+        rounded = {n: e for n, e in rounded.items() if n in points.activations}
+        weights = [e for e in weights if e.tensor in {weight_name(n) for n in points.layers}]
+    elif options.prefer == "latency":
+        notes.append(f"latency was not measured: this machine is not {aim.name}")
     network = quantized(copy.deepcopy(floating), [*weights, *rounded.values()])
     if options.rounding != "nearest" or options.bias_correction in (True, "measured"):
         measured = options.bias_correction in (True, "measured")
@@ -159,9 +167,11 @@ def _static(
         weights = with_steps_of(network, weights)
     if options.bias_correction == "analytic":
         notes.append(correct_analytically(floating, network))
-    if fewer := sorted({b for b in bits.values() if b < 8}):
-        notes.append(f"{', '.join(map(str, fewer))}-bit codes are packed in the ONNX file and unpacked to 8 bits, in which they run, when it is loaded")
-    if wide := [p for n, p in points.activations.items() if widths[n] == 16]:
+    if fewer := sorted({e.bits for e in weights if e.bits < 8}):
+        notes.append(
+            f"{', '.join(map(str, fewer))}-bit codes are packed in the ONNX file and unpacked to 8 bits, in which they run, when it is loaded"
+        )
+    if wide := [e.point for e in rounded.values() if e.bits == 16]:
         notes.append(f"activations of 16 bits, which ONNX Runtime computes in float: {', '.join(wide)}")
     return floating, network, [*weights, *rounded.values()], notes
 

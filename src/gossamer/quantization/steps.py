@@ -120,7 +120,15 @@ def affine_steps(
         for f in fractions:
             ends = torch.stack([low_C, high_C]) * (1 - torch.tensor(moved).to(rows)[:, None] * (1 - f))
             step, zero = _affine(ends, levels)
-            q = torch.div(rows, step[:, None]).round_().add_(zero[:, None]).clamp_(0, levels).sub_(zero[:, None]).mul_(step[:, None]).sub_(rows)
+            q = (
+                torch.div(rows, step[:, None])
+                .round_()
+                .add_(zero[:, None])
+                .clamp_(0, levels)
+                .sub_(zero[:, None])
+                .mul_(step[:, None])
+                .sub_(rows)
+            )
             error = torch.linalg.vector_norm(q if root is None else q.mul_(root), dim=1)
             better = error < least
             least, best = torch.where(better, error, least), torch.where(better, ends, best)

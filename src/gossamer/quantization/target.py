@@ -51,7 +51,9 @@ def resolve(target: str, prefer: str = "size") -> Target:
         stored = "int8 of at most 7 bits, whose sums do not saturate without VNNI"
     else:
         stored = "uint8 around 128, whose kernels do not saturate without VNNI" if target == "avx2" else "int8"
-    return Target(target, seven or target != "avx2", 7 if seven else 8, target == own, f"target {target}, {how}: weights stored as {stored}")
+    return Target(
+        target, seven or target != "avx2", 7 if seven else 8, target == own, f"target {target}, {how}: weights stored as {stored}"
+    )
 
 
 def detect(machine: str, flags: set[str]) -> str:
