@@ -103,6 +103,14 @@ def parts(module: fx.GraphModule, leaves: list[Any], at_once: int) -> list[list[
     return [[x[i : i + at_once] if _is_batched(x, samples) else x for x in leaves] for i in starts]
 
 
+def sample(module: fx.GraphModule, leaves: list[Any], which: int, most: int) -> list[Any]:
+    """Every other kept sample, from the one at ``which`` on, at most ``most``; all of them where there are too few or the batch size is fixed."""
+    samples = _batch_size(leaves)
+    if not module.meta["dynamic_batch"] or samples < 2:
+        return leaves
+    return [x[which::2][:most] if _is_batched(x, samples) else x for x in leaves]
+
+
 def _flat(batches: Iterable[Any], example_inputs: Any, module: fx.GraphModule) -> Iterator[list[Any]]:
     """Each batch as the flat list of the graph's inputs."""
     known = [n for n in module.graph.nodes if n.op == "placeholder"]

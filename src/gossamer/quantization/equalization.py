@@ -33,9 +33,9 @@ from gossamer.quantization.steps import fake_quantize, mse_steps
 _THROUGH = AVERAGE | MAXIMUM | {"relu", "relu6", "hardtanh", "clamp", "clamp_min", "leaky_relu"}
 _WORTH = 0.99  # of the noise without, above which scales are left alone
 _WEIGHTS_COUNT = 0.5  # of the weights' noise by rounding to nearest that is left after bias correction and better rounding
-_ROOM = 2.0  # what is left between a channel's range and a clip: other data go further than calibration did
-_ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-_BETAS = (0.0, 0.25, 0.5)
+_ROOM = 1.25  # what is left between a channel's range and a clip: other data go further than calibration did
+_ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+_BETAS = (0.0, 0.5)
 
 
 @dataclass
@@ -187,7 +187,7 @@ def _scales(
             if width > 8 or w_GRIA.shape[2] == 1:  # float, or one channel for each output: its step follows
                 continue
             flat = (w_GRIA / s_C.view(w_GRIA.shape[0], 1, -1, 1)).flatten(0, 1).flatten(1)
-            error = fake_quantize(flat, mse_steps(flat, width, 0, candidates=24), width, 0).sub_(flat).view_as(w_GRIA)
+            error = fake_quantize(flat, mse_steps(flat, width, 0, candidates=16), width, 0).sub_(flat).view_as(w_GRIA)
             total += _WEIGHTS_COUNT * float((error.square().sum((1, 3)).reshape(-1) * s_C**2 * variance_C).sum())
         return total
 

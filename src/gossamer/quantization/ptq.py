@@ -18,7 +18,6 @@ from gossamer.quantization.build import quantized
 from gossamer.quantization.calibration import Progress, observe, observe_again, parts
 from gossamer.quantization.canonical import canonical, tensors_with_nan
 from gossamer.quantization.edits import activation_edit, weight_edits, with_steps_of
-from gossamer.quantization.equalization import equalize as equalize_channels
 from gossamer.quantization.equalization import find_wires
 from gossamer.quantization.graph import weight_name
 from gossamer.quantization.latency import slower_in_integers
@@ -28,6 +27,7 @@ from gossamer.quantization.points import Points, find_points
 from gossamer.quantization.reconstruction import reconstruct
 from gossamer.quantization.sensitivity import Sensitivity
 from gossamer.quantization.target import Target, resolve
+from gossamer.quantization.trial import equalize_where_it_helps
 from gossamer.result import Profile, Result, network_of
 from gossamer.sources.batches import check_inputs
 from gossamer.trace.capture import capture
@@ -79,7 +79,8 @@ def quantize(
         observer: ranges of activations, ``"mse"``, ``"percentile"`` (99.99% of values), ``"minmax"``, ``"moving_average"`` or ``"entropy"``.
         rounding: ``"nearest"``; ``"gptq"``, second order, and ``"adaround"``, learned, change the codes for the least error of each layer's output,
             and below 8 bits the steps too.
-        equalize: rescale channels between layers first (`gossamer.quantization.equalization`).
+        equalize: rescale channels between layers first, where that lowers the noise on samples that the scales have not seen
+            (`gossamer.quantization.equalization`).
         bias_correction: shift biases so that each channel's mean over some calibration samples is the float network's; ``"analytic"`` takes
             the means of inputs from the batch norms instead.
         target: ``"vnni"`` and ``"arm"`` store signed weights; ``"avx2"`` unsigned ones, since kernels for signed ones saturate
@@ -136,14 +137,14 @@ def _static(
     """Calibrate, equalise, choose bits, round: the float graph as it was rounded, the quantised one, its edits, and notes."""
     names = list(dict.fromkeys(str(weight_name(n)) for n in points.layers))
     bits = {n: min(b, aim.weight_bits) for n, b in options.widths(names).items()}
-    wires = [w for w in find_wires(floating) if w.frozen is None] if options.equalize else []
-    between = [n for w in wires for n in w.nodes if n in points.activations]
+    between = [n for w in find_wires(floating) if w.frozen is None for n in w.nodes if n in points.activations] if options.equalize else []
     observer, leaves = observe(floating, points.activations, calibration, example_inputs, progress, by_channel=between)
     histograms, notes = observer.histograms, list[str]()
     activation_bits = options.activation_bits if isinstance(options.activation_bits, int) else 8
-    if wires and (rescaled := equalize_channels(floating, wires, observer.channels, bits, activation_bits)):
-        histograms = observe_again(floating, points.activations, leaves)
-        notes.append(f"equalised across layers: {rescaled} of {len(wires)} sets of channels")
+    if options.equalize:
+        rescaled, note = equalize_where_it_helps(floating, points, observer.channels, bits, activation_bits, leaves)
+        notes.append(note)
+        histograms = observe_again(floating, points.activations, leaves) if rescaled else histograms
     widths = dict.fromkeys(points.activations, activation_bits)
     if options.average_bits is not None or options.activation_bits == "auto":
         bits, widths, more = _choose_bits(floating, points, options, histograms, bits, widths, leaves, progress)
