@@ -15,6 +15,7 @@ from torch import nn
 import gossamer as gs
 from gossamer.errors import ExportError, SelectorError, UsageError
 from gossamer.exporting import first_divergence
+from gossamer.quantization.absorption import absorb_biases
 from gossamer.quantization.allocation import allocate
 from gossamer.quantization.canonical import canonical
 from gossamer.quantization.equalization import equalize, find_wires
@@ -103,6 +104,28 @@ def test_equalisation_helps_where_channels_differ():
     assert sqnr(net, equalize=True) > sqnr(net, equalize=False) + 10
     note = next(n for n in gs.quantize(net, INPUTS, calibration=DATA[:3]).notes if n.startswith("equalised"))
     assert "none" in note
+
+
+def test_biases_are_absorbed_where_a_channel_never_falls_below_them(tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1)).eval()
+    with torch.no_grad():
+        net[0].bias[:2] += 100
+        net[2].weight[:, :2] /= 20
+    graph = canonical(capture(net, INPUTS))
+    wires = find_wires(graph)
+    values = Sensitivity(graph, [torch.cat(DATA)]).values
+    seen = {n: Channels() for w in wires for n in w.nodes if "relu" in n.name}
+    for n, channels in seen.items():
+        channels.update(values[n])
+    assert absorb_biases(graph, wires, seen) == 1  # what a padded convolution reads keeps its biases
+    with torch.no_grad():
+        assert torch.allclose(graph(DATA[0]), net(DATA[0]), atol=1e-4)
+        assert max(float(c.largest.max()) for c in seen.values()) < 20
+    result = gs.quantize(net, INPUTS, calibration=DATA[:3])
+    assert "biases of 1 layers absorbed by the layers that read them" in result.notes
+    assert sqnr(net) > sqnr(net, equalize=False) + 6
+    assert torch.equal(gs.load(result.save(tmp_path / "run"), net)(DATA[3]), result.model(DATA[3]))
 
 
 def test_wires_that_cannot_be_scaled_say_why():

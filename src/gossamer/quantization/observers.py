@@ -127,7 +127,7 @@ class Histogram:
 
 
 class Channels:
-    """Largest magnitude and variance of each channel (dimension 1), in one pass over batches.
+    """Largest magnitude, smallest value and variance of each channel (dimension 1), in one pass over batches.
 
     Example:
         >>> seen = Channels()
@@ -137,7 +137,7 @@ class Channels:
     """
 
     def __init__(self) -> None:
-        self.largest = torch.zeros(())
+        self.largest, self.smallest = torch.zeros(()), torch.full((), torch.inf)
         self.count, self.sums, self.squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
 
     def update(self, x: Tensor) -> None:
@@ -145,6 +145,7 @@ class Channels:
         rows = x.detach().movedim(1, 0).flatten(1)
         low, high = rows.aminmax(dim=1)
         self.largest = torch.maximum(self.largest.to(low), torch.maximum(high, -low))
+        self.smallest = torch.minimum(self.smallest.to(low), low)
         self.count += rows.shape[1]
         self.sums = self.sums.to(rows.device) + rows.sum(1).double()
         self.squares = self.squares.to(rows.device) + rows.square().sum(1).double()

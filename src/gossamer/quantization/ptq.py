@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from gossamer.errors import NothingToDo, UsageError
 from gossamer.plan import Plan, input_specs
+from gossamer.quantization.absorption import absorb_biases
 from gossamer.quantization.allocation import HARMFUL, activation_losses, allocate, sizes_of, weight_losses
 from gossamer.quantization.bias import correct_analytically
 from gossamer.quantization.build import quantized
@@ -79,7 +80,7 @@ def quantize(
         observer: ranges of activations, ``"mse"``, ``"percentile"`` (99.99% of values), ``"minmax"``, ``"moving_average"`` or ``"entropy"``.
         rounding: ``"nearest"``; ``"gptq"``, second order, and ``"adaround"``, learned, change the codes for the least error of each layer's output,
             and below 8 bits the steps too.
-        equalize: rescale channels between layers first, where that lowers the noise on samples that the scales have not seen
+        equalize: absorb biases, and rescale channels between layers, where that lowers the noise on samples that the scales have not seen
             (`gossamer.quantization.equalization`).
         bias_correction: shift biases so that each channel's mean over some calibration samples is the float network's; ``"analytic"`` takes
             the means of inputs from the batch norms instead.
@@ -142,9 +143,13 @@ def _static(
     histograms, notes = observer.histograms, list[str]()
     activation_bits = options.activation_bits if isinstance(options.activation_bits, int) else 8
     if options.equalize:
+        absorbed = absorb_biases(floating, find_wires(floating), observer.channels)
         rescaled, note = equalize_where_it_helps(floating, points, observer.channels, bits, activation_bits, leaves)
         notes.append(note)
-        histograms = observe_again(floating, points.activations, leaves) if rescaled else histograms
+        if absorbed:
+            notes.append(f"biases of {absorbed} layers absorbed by the layers that read them")
+        if rescaled or absorbed:
+            histograms = observe_again(floating, points.activations, leaves)
     widths = dict.fromkeys(points.activations, activation_bits)
     if options.average_bits is not None or options.activation_bits == "auto":
         bits, widths, more = _choose_bits(floating, points, options, histograms, bits, widths, leaves, progress)
