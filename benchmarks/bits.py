@@ -27,7 +27,9 @@ def tensors(dataset: Any, n: int) -> TensorDataset:
 def main() -> None:
     """Print top-1 at each number of bits, uniform and chosen, rounded to nearest and by GPTQ."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--weights", type=Path, default=Path("fashion-resnet8.safetensors"), help="of the float network; trained where absent")
+    parser.add_argument(
+        "--weights", type=Path, default=Path("fashion-resnet8.safetensors"), help="of the float network; trained where absent"
+    )
     parser.add_argument("--samples", type=int, default=15000, help="to train on")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
@@ -61,7 +63,9 @@ def main() -> None:
                     found = evaluate(path, val, reference=original)
                     assert found.accuracy is not None
                     widths = [e.bits for e in result.plan if e.kind == "quantize_weight"]
-                    line = f"{found.accuracy.value:.2%}, agreement {found.agreement:.2%}, {found.sqnr_db:.1f} dB, {path.stat().st_size} bytes"
+                    line = (
+                        f"{found.accuracy.value:.2%}, agreement {found.agreement:.2%}, {found.sqnr_db:.1f} dB, {path.stat().st_size} bytes"
+                    )
                     print(f"{bits} bits {rounding:8} {name:8} {line}, bits {widths}", flush=True)
 
 

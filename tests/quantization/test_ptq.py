@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -15,6 +16,7 @@ from torch import nn
 import gossamer as gs
 from gossamer.errors import ExportError, SelectorError, UsageError
 from gossamer.exporting import first_divergence
+from gossamer.flow.measure import _check_faithful
 from gossamer.quantization.absorption import absorb_biases
 from gossamer.quantization.allocation import allocate
 from gossamer.quantization.canonical import canonical
@@ -277,6 +279,13 @@ def test_the_first_layer_that_diverges_is_named(tmp_path):
     found = first_divergence(result.model, tmp_path / "wrong.onnx", (DATA[3],))
     assert found is not None
     assert found[0] == "second.0.0.weight"
+    job = SimpleNamespace(example_inputs=INPUTS)
+    labels = torch.zeros(16, dtype=torch.long)
+    near, far = (SimpleNamespace(accuracy=SimpleNamespace(value=v), n=16) for v in (0.9, 0.5))
+    for path, there in ((file.path, far), (tmp_path / "wrong.onnx", near)):  # integers that agree, or top-1 that does
+        _check_faithful(result, path, [(DATA[3], labels)], near, there, job)
+    with pytest.raises(ExportError, match=r"50\.0% top-1.*90\.0%.*second\.0\.0\.weight"):
+        _check_faithful(result, tmp_path / "wrong.onnx", [(DATA[3], labels)], near, far, job)
 
 
 @pytest.mark.parametrize(
