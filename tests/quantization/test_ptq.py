@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -76,6 +77,15 @@ def sqnr(net: nn.Module, **options) -> float:
         return db(net(DATA[3]), gs.quantize(net, INPUTS, calibration=DATA[:3], **options).model(DATA[3]))
 
 
+@cache
+def usual(**options):
+    """The usual network quantised, and its signal to noise; computed once."""
+    net = inverted()
+    result = gs.quantize(net, INPUTS, calibration=DATA[:3], **options)
+    with torch.no_grad():
+        return result, db(net(DATA[3]), result.model(DATA[3]))
+
+
 @pytest.mark.parametrize("act", [nn.ReLU, nn.ReLU6])
 def test_equalisation_changes_weights_and_not_what_is_computed(act):
     net = inverted(act)
@@ -140,12 +150,10 @@ def test_wires_that_cannot_be_scaled_say_why():
 
 @pytest.mark.parametrize("rounding", ["gptq", "adaround"])
 def test_better_rounding_is_better_reproducible_and_loads_bit_for_bit(rounding, tmp_path):
-    net = inverted()
-    plain = sqnr(net, weight_bits=4)
-    result = gs.quantize(net, INPUTS, calibration=DATA[:3], weight_bits=4, rounding=rounding)
-    again = gs.quantize(net, INPUTS, calibration=DATA[:3], weight_bits=4, rounding=rounding)
+    result, found = usual(weight_bits=4, rounding=rounding)
+    again = gs.quantize(inverted(), INPUTS, calibration=DATA[:3], weight_bits=4, rounding=rounding)
+    assert found > usual(weight_bits=4)[1] + 0.7
     with torch.no_grad():
-        assert db(net(DATA[3]), result.model(DATA[3])) > plain + 0.7
         assert again.plan == result.plan
         assert all(torch.equal(a, b) for a, b in zip(again.model.state_dict().values(), result.model.state_dict().values(), strict=True))
         loaded = gs.load(result.save(tmp_path / "run"), inverted())
@@ -156,12 +164,9 @@ def test_better_rounding_is_better_reproducible_and_loads_bit_for_bit(rounding, 
 
 
 def test_biases_from_batch_norms_come_close_to_measured_ones():
-    net = inverted()
-    without, analytic, measured = (sqnr(net, weight_bits=4, bias_correction=b) for b in (False, "analytic", True))
-    assert measured > without
-    assert analytic > without
-    notes = gs.quantize(net, INPUTS, calibration=DATA[:3], bias_correction="analytic").notes
-    assert any("corrected from batch norms" in n for n in notes)
+    without, analytic = (usual(weight_bits=4, bias_correction=b) for b in (False, "analytic"))
+    assert usual(weight_bits=4)[1] > analytic[1] > without[1]
+    assert any("corrected from batch norms" in n for n in analytic[0].notes)
 
 
 def test_patterns_give_weights_their_bits():
@@ -207,12 +212,11 @@ def test_sensitivity_is_the_whole_network_s_divergence():
 
 def test_an_average_is_met_and_beats_the_same_bits_everywhere():
     net = inverted()
-    result = gs.quantize(net, INPUTS, calibration=DATA[:3], average_bits=4)
+    result, found = usual(average_bits=4)
     edits = [e for e in result.plan if e.kind == "quantize_weight"]
     sizes = {k: v.numel() for k, v in net.state_dict().items()}
     assert sum(sizes[e.tensor] * e.bits for e in edits) <= 4 * sum(sizes[e.tensor] for e in edits)
-    with torch.no_grad():
-        assert db(net(DATA[3]), result.model(DATA[3])) > sqnr(net, weight_bits=4)
+    assert found > usual(weight_bits=4)[1]
     both = gs.quantize(net, INPUTS, calibration=DATA[:3], average_bits=(5, 6.5))
     assert len({e.bits for e in both.plan if e.kind == "quantize_activation"}) > 1
     with pytest.raises(UsageError, match="average_bits=9"):
@@ -220,10 +224,9 @@ def test_an_average_is_met_and_beats_the_same_bits_everywhere():
 
 
 def test_sixteen_bits_where_asked_or_where_eight_do_harm(tmp_path):
-    net = inverted()
-    result = gs.quantize(net, INPUTS, calibration=DATA[:3], activation_bits=16)
+    result, found = usual(activation_bits=16)
+    assert found > usual()[1] + 3
     with torch.no_grad():
-        assert db(net(DATA[3]), result.model(DATA[3])) > sqnr(net) + 3
         assert torch.equal(gs.load(result.save(tmp_path / "run"), inverted())(DATA[3]), result.model(DATA[3]))
     assert gs.export(result, tmp_path / "net.onnx", calibration=DATA).sqnr_db > 40
     assert any("16 bits" in n and "float" in n for n in result.notes)
@@ -268,7 +271,7 @@ def test_for_latency_kinds_stay_float_only_by_measurement():
 
 
 def test_the_first_layer_that_diverges_is_named(tmp_path):
-    result = gs.quantize(inverted(), INPUTS, calibration=DATA[:3])
+    result = usual()[0]
     file = gs.export(result, tmp_path / "net.onnx", calibration=DATA)
     assert first_divergence(result.model, file.path, (DATA[3],)) is None
     model = onnx.load(file.path)
@@ -308,10 +311,10 @@ def test_options_out_of_range_are_one_line(options, words):
 
 
 def test_a_step_for_the_tensor_is_worse_than_one_for_each_channel():
-    net = inverted()
-    assert sqnr(net, granularity="tensor", weight_bits=4) < sqnr(net, weight_bits=4)
+    assert usual(granularity="tensor", weight_bits=4)[1] < usual(weight_bits=4)[1]
 
 
+@pytest.mark.slow
 def test_cases_take_every_option(case, tmp_path):
     net, inputs = case
     net.eval()
