@@ -92,7 +92,7 @@ def rows(task: Task) -> dict[str, Callable[[Path, Path], str]]:
         "w8a16": ours(task, target="vnni", activation_bits=16, rounding="gptq"),
         "onnxruntime": onnxruntime(task),
         "onnxruntime 7 bit": onnxruntime(task, reduce_range=True),
-        "onnxruntime unsigned": onnxruntime(task, weight_type=QuantType.QUInt8),
+        "onnxruntime unsigned": onnxruntime(task, weight_type=QuantType.QUInt8, activation_type=QuantType.QUInt8),
     }
     if importlib.util.find_spec("nncf"):
         found["nncf"] = nncf(task)
