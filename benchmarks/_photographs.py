@@ -29,16 +29,18 @@ class Task:
 
 
 def arguments(description: str) -> argparse.Namespace:
-    """--photos, --weights and --limit, with what lies beside the checkout as defaults."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--photos", type=Path, default=ROOT.parent / "shared" / "data" / "photos", help="folder with calibration/ and val/")
-    parser.add_argument("--weights", type=Path, default=_mobilenet_weights(), help="torchvision's state dict of mobilenet_v2")
-    parser.add_argument("--limit", type=int, default=400, help="photographs to evaluate on")
-    parser.add_argument("--network", choices=["mobilenet_v2", "efficientnet_lite0"], default="mobilenet_v2")
-    args = parser.parse_args()
-    if not args.photos.is_dir() or (args.network == "mobilenet_v2" and (args.weights is None or not args.weights.is_file())):
-        sys.exit("needs --photos FOLDER with calibration/ and val/, and --weights mobilenet_v2-b0353104.pth")
-    return args
+    """What `parser` takes, read."""
+    return parser(description).parse_args()
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """--photos, --weights, --network and --limit, with what lies beside the checkout as defaults."""
+    found = argparse.ArgumentParser(description=description)
+    found.add_argument("--photos", type=Path, default=ROOT.parent / "shared" / "data" / "photos", help="folder with calibration/ and val/")
+    found.add_argument("--weights", type=Path, default=_mobilenet_weights(), help="torchvision's state dict of mobilenet_v2")
+    found.add_argument("--limit", type=int, default=400, help="photographs to evaluate on")
+    found.add_argument("--network", choices=["mobilenet_v2", "efficientnet_lite0"], default="mobilenet_v2")
+    return found
 
 
 def _mobilenet_weights() -> Path | None:
@@ -48,6 +50,8 @@ def _mobilenet_weights() -> Path | None:
 
 def load(args: argparse.Namespace) -> Task:
     """The network, its calibration batches and its evaluation batches, evenly spread over the classes."""
+    if not args.photos.is_dir() or (args.network == "mobilenet_v2" and (args.weights is None or not args.weights.is_file())):
+        sys.exit("needs --photos FOLDER with calibration/ and val/, and --weights mobilenet_v2-b0353104.pth")
     model, transform = _mobilenet_v2(args) if args.network == "mobilenet_v2" else _efficientnet_lite0()
     calibration = load_data(f"imagefolder:{args.photos / 'calibration'}", transform=transform).loader("val", batch_size=25)
     evaluation = list(load_data(f"imagefolder:{args.photos / 'val'}", transform=transform).loader("val", batch_size=20))

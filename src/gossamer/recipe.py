@@ -211,16 +211,30 @@ class Distill(Fit):
 
 
 class Quantize(_Step):
-    """Integer weights and activations, calibrated without training."""
+    """Integer weights and activations, calibrated without training.
+
+    ``weight_bits`` may name bits by pattern of weight names (``{"features.0.*": 8, "*": 4}``); ``average_bits`` chooses each weight's.
+    """
 
     kind: ClassVar[str] = "quantize"
-    weight_bits: int = Field(8, ge=2, le=8)
-    activation_bits: Literal[8] = 8
+    weight_bits: Annotated[int, Field(ge=2, le=8)] | dict[str, Annotated[int, Field(ge=2, le=8)]] = 8
+    activation_bits: Literal[8, 16, "auto"] = 8
+    average_bits: Annotated[float, Field(ge=2, le=8)] | None = None
     step: Literal["mse", "minmax"] = "mse"
-    observer: Literal["minmax", "percentile", "mse"] = "mse"
+    granularity: Literal["channel", "tensor"] = "channel"
+    observer: Literal["minmax", "percentile", "mse", "moving_average", "entropy"] = "mse"
+    rounding: Literal["nearest", "gptq", "adaround"] = "nearest"
+    equalize: bool = True
+    bias_correction: bool | Literal["analytic"] = True
     target: Literal["auto", "avx2", "vnni", "arm"] = "auto"
-    bias_correction: bool = True
+    prefer: Literal["size", "latency"] = "size"
     ignore: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_choice_of_bits(self) -> Quantize:
+        if self.average_bits is not None and self.weight_bits != 8:
+            raise ValueError("quantize takes weight_bits or average_bits, not both")
+        return self
 
 
 Step = Prune | Factorize | Decouple | Sparsify | Cluster | Fit | Distill | Quantize

@@ -108,9 +108,10 @@ def test_the_target_decides_how_weights_are_stored_and_not_what_they_are(target,
 
 
 def test_auto_reads_the_flags(monkeypatch):
-    name, signed, _ = resolve("auto")
-    assert name in ("vnni", "avx2", "arm")
-    assert signed == (name != "avx2")
+    found = resolve("auto")
+    assert found.name in ("vnni", "avx2", "arm")
+    assert found.here
+    assert found.signed == (found.name != "avx2")
 
 
 def test_fewer_bits_and_every_observer_work():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from gossamer.exporting.divergence import first_divergence
 from gossamer.exporting.onnx_file import Export, export
 from gossamer.exporting.runtime import runtime_ops
 
-__all__ = ["Export", "export", "runtime_ops"]
+__all__ = ["Export", "export", "first_divergence", "runtime_ops"]

@@ -9,6 +9,8 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
+from gossamer.exporting.packing import pack_weights
+
 _MOVES = {
     "Reshape",
     "Transpose",
@@ -37,6 +39,7 @@ def rewrite(model: ModelProto) -> ModelProto:
     while graph.dequantize_later() or graph.quantize_earlier():
         pass
     graph.write()
+    pack_weights(model)
     _share_initializers(model)
     _name_values(model)
     _batch_dimension(model)
@@ -261,7 +264,8 @@ def _share_initializers(model: ModelProto) -> None:
     kept = []
     outputs = {o.name for o in model.graph.output}
     for tensor in model.graph.initializer:
-        key = (tensor.data_type, tuple(tensor.dims), numpy_helper.to_array(tensor).tobytes())
+        raw = tensor.raw_data if tensor.data_type in (TensorProto.INT4, TensorProto.UINT4) else numpy_helper.to_array(tensor).tobytes()
+        key = (tensor.data_type, tuple(tensor.dims), raw)
         if key in first and tensor.name not in outputs:
             names[tensor.name] = first[key]
         else:

@@ -14,7 +14,7 @@ import onnx
 from gossamer.errors import ExportError
 
 
-def session(path: str | Path, *, optimized: str | Path | None = None) -> Any:
+def session(path: str | Path | bytes, *, optimized: str | Path | None = None) -> Any:
     """An ONNX Runtime session on the CPU, with all of its graph optimisations.
 
     Args:
@@ -31,7 +31,7 @@ def session(path: str | Path, *, optimized: str | Path | None = None) -> Any:
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(path if isinstance(path, bytes) else str(path), options, providers=["CPUExecutionProvider"])
     except Exception as e:  # onnxruntime raises classes of its own, one for each status
         raise ExportError(f"ONNX Runtime does not load the file: {str(e).splitlines()[0][:200]}") from None
 

@@ -18,7 +18,12 @@ OPSET = 21
 
 def _quantize_dequantize(x: Any, step: Any, zero_point: Any, low: int, high: int) -> Any:
     q = op.QuantizeLinear(x, step, zero_point)
-    if (low, high) not in ((0, 255), (-128, 127)):  # fewer than 8 bits: an 8-bit code held to the smaller range
+    if (low, high) not in (
+        (0, 255),
+        (-128, 127),
+        (0, 65535),
+        (-32768, 32767),
+    ):  # fewer than 8 bits: an 8-bit code held to the smaller range
         kind = onnx.TensorProto.INT8 if low < 0 else onnx.TensorProto.UINT8
         bounds = [op.Constant(value=onnx.helper.make_tensor("", kind, (), [bound])) for bound in (low, high)]
         q = op.Clip(q, *bounds)

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from gossamer.quantization.build import apply_edits
 from gossamer.quantization.ptq import quantize
-from gossamer.quantization.steps import minmax_steps, mse_steps
+from gossamer.quantization.steps import affine_steps, minmax_steps, mse_steps
 
-__all__ = ["apply_edits", "minmax_steps", "mse_steps", "quantize"]
+__all__ = ["affine_steps", "apply_edits", "minmax_steps", "mse_steps", "quantize"]

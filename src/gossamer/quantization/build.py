@@ -94,7 +94,9 @@ def _round_after(module: fx.GraphModule, node: fx.Node, edit: QuantizeActivation
     graph = module.graph
     low, high = limits(edit.bits, edit.signed)
     base = "activations." + edit.point.replace(".", "_").replace(":", "__")
-    kind = torch.int8 if edit.signed else torch.uint8
+    kind = {(8, True): torch.int8, (8, False): torch.uint8, (16, True): torch.int16, (16, False): torch.uint16}[
+        8 if edit.bits <= 8 else 16, edit.signed
+    ]
     device = next((t.device for t in module.state_dict().values()), torch.device("cpu"))
     put_tensor(module, base + ".step", torch.tensor(edit.step, dtype=torch.float32, device=device), buffer=True)
     put_tensor(module, base + ".zero_point", torch.tensor(edit.zero_point, dtype=kind, device=device), buffer=True)
@@ -177,10 +179,7 @@ def _store_bias(
         return
     b = torch.zeros(w.shape[0], device=w.device) if old is None else tensor_at(module, old.target).detach().float()
     step = torch.tensor(edit.steps, dtype=torch.float32, device=w.device) * rounding[origin]
-    name = (
-        edit.tensor.removesuffix("weight").rstrip(".") + ".bias_codes" if edit.tensor.endswith(".weight") else edit.tensor + "_bias_codes"
-    )
-    name += f"_{use}" if use else ""
+    name = bias_name(edit.tensor) + (f"_{use}" if use else "")
     put_tensor(module, name, bias_codes(b, step), buffer=True)
     put_tensor(module, name + "_step", step.expand(w.shape[0]).contiguous(), buffer=True)
     graph = module.graph
@@ -189,6 +188,16 @@ def _store_bias(
         back = graph.call_function(torch.ops.gossamer.dequantize.default, (q, s, None, 0))
     back.meta["val"] = layer.meta["val"].new_empty(w.shape[0])
     set_bias(layer, back)
+
+
+def bias_name(weight: str) -> str:
+    """Where the integer bias of a layer is stored, from the name of its weight.
+
+    Example:
+        >>> bias_name("features.0.weight")
+        'features.0.bias_codes'
+    """
+    return weight.removesuffix("weight").rstrip(".") + ".bias_codes" if weight.endswith(".weight") else weight + "_bias_codes"
 
 
 def bias_codes(bias: Tensor, step: Tensor) -> Tensor:

@@ -10,20 +10,19 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from gossamer.errors import UsageError
-from gossamer.quantization.build import bias_codes
-from gossamer.quantization.graph import LINEAR, bias_node, op_name, tensor_at, weighted_nodes
-from gossamer.quantization.observers import Histogram
+from gossamer.quantization.observers import Channels, Histogram
 from gossamer.sources.batches import count, split
 
 Progress = Callable[[int, int], None]
-_SAMPLE_BYTES = 256 << 20  # the largest single activation of the bias correction pass
+_SAMPLE_BYTES = 512 << 20  # the largest single activation where all samples that are kept run at once
 
 
 class Observer(fx.Interpreter):
-    """Runs a graph and feeds the values of some nodes to histograms."""
+    """Runs a graph and feeds the values of some nodes to histograms, of some to statistics of their channels."""
 
-    def __init__(self, module: fx.GraphModule, watched: Mapping[fx.Node, str]) -> None:
+    def __init__(self, module: fx.GraphModule, watched: Mapping[fx.Node, str], by_channel: Iterable[fx.Node] = ()) -> None:
         super().__init__(module)
+        self.channels = {node: Channels() for node in by_channel}
         self.names = watched
         self.histograms = {node: Histogram() for node in watched}
         self.largest = 1
@@ -40,21 +39,29 @@ class Observer(fx.Interpreter):
                 raise UsageError(
                     f"calibration gives NaN or infinity at {self.names[n]}: check the network's weights and the inputs"
                 ) from None
+        if n in self.channels:
+            self.channels[n].update(result)
         return result
 
 
 def observe(
-    module: fx.GraphModule, watched: Mapping[fx.Node, str], batches: Iterable[Any], example_inputs: Any, progress: Progress | None = None
-) -> tuple[dict[fx.Node, Histogram], list[Any]]:
-    """Run all calibration batches once.
+    module: fx.GraphModule,
+    watched: Mapping[fx.Node, str],
+    batches: Iterable[Any],
+    example_inputs: Any,
+    progress: Progress | None = None,
+    *,
+    by_channel: Iterable[fx.Node] = (),
+) -> tuple[Observer, list[Any]]:
+    """Run all calibration batches once; memory does not grow with their number.
 
     Returns:
-        A histogram for each watched node, and flat inputs for `correct_biases`: leading samples, few enough to be held at once.
+        An observer that holds a histogram of each watched node, and flat inputs: leading samples, few enough to be run at once.
 
     Raises:
         UsageError: there are no batches, one does not fit the network, or a value is not finite.
     """
-    observer, kept, room, total = Observer(module, watched), [], 1, count(batches)
+    observer, kept, room, total = Observer(module, watched, by_channel), [], 1, count(batches)
     done = 0
     with torch.no_grad():
         for leaves in _flat(batches, example_inputs, module):
@@ -75,71 +82,33 @@ def observe(
                 progress(done, total or done)
     if not done:
         raise UsageError("the calibration data is empty: give at least one batch")
-    return observer.histograms, _joined(kept)
+    return observer, _joined(kept)
 
 
-def correct_biases(floating: fx.GraphModule, quantised: fx.GraphModule, leaves: list[Any]) -> dict[str, Tensor]:
-    """Shift each bias by the mean error of its channel, layer by layer in execution order, each with the ones before it corrected.
-
-    Rounded weights and clipped activations shift a channel's mean; the next layers amplify it. See Nagel et al., "Data-Free
-    Quantization Through Weight Equalization and Bias Correction", ICCV 2019, section 4.2, here with measured means.
-
-    Args:
-        floating: the canonical float graph.
-        quantised: the graph that `gossamer.quantization.build.quantized` made of a copy of it; its bias codes are changed in place.
-        leaves: flat inputs.
-
-    Returns:
-        Shift per corrected layer, by node name.
-    """
+def observe_again(module: fx.GraphModule, watched: Mapping[fx.Node, str], leaves: list[Any], at_once: int = 32) -> dict[fx.Node, Histogram]:
+    """Histograms over samples that `observe` kept, for a graph whose weights have changed since."""
+    observer = Observer(module, watched)
     with torch.no_grad():
-        wanted = _Means(floating)
-        wanted.run(*leaves, enable_io_processing=False)
-        correcting = _Corrector(quantised, wanted.means)
-        correcting.run(*leaves, enable_io_processing=False)
-    return correcting.shifts
+        for part in parts(module, leaves, at_once):
+            observer.run(*part, enable_io_processing=False)
+    return observer.histograms
 
 
-class _Means(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.layers = set(weighted_nodes(module.graph))
-        self.means: dict[str, Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if n in self.layers:
-            self.means[n.name] = _channel_mean(n, result)
-        return result
+def parts(module: fx.GraphModule, leaves: list[Any], at_once: int) -> list[list[Any]]:
+    """Kept samples in batches of at most ``at_once``; as they are where the batch size is fixed."""
+    samples = _batch_size(leaves)
+    if not module.meta["dynamic_batch"] or samples <= at_once:
+        return [leaves]
+    starts = range(0, samples, at_once)
+    return [[x[i : i + at_once] if _is_batched(x, samples) else x for x in leaves] for i in starts]
 
 
-class _Corrector(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, wanted: dict[str, Tensor]) -> None:
-        super().__init__(module)
-        self.wanted, self.shifts = wanted, {}  # type: tuple[dict[str, Tensor], dict[str, Tensor]]
-        self.biases: dict[str, str] = {}
-        for layer in weighted_nodes(module.graph):
-            bias = bias_node(layer)
-            if isinstance(bias, fx.Node) and bias.target is torch.ops.gossamer.dequantize.default and layer.name in wanted:
-                self.biases[layer.name] = str(bias.args[0].target)  # type: ignore[union-attr]
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        name = self.biases.get(n.name)
-        if name is None:
-            return result
-        assert isinstance(self.module, fx.GraphModule)
-        shift = self.wanted[n.name] - _channel_mean(n, result)
-        self.shifts[n.name] = shift
-        codes, step = tensor_at(self.module, name), tensor_at(self.module, name + "_step")
-        codes.copy_(bias_codes(codes.double() * step.double() + shift, step))
-        return result + (shift if op_name(n) in LINEAR else shift.view(-1, *[1] * (result.dim() - 2)))
-
-
-def _channel_mean(layer: fx.Node, result: Tensor) -> Tensor:
-    if op_name(layer) in LINEAR:
-        return result.flatten(0, -2).mean(0) if result.dim() > 1 else result
-    return result.movedim(1, 0).flatten(1).mean(1)
+def sample(module: fx.GraphModule, leaves: list[Any], which: int, most: int) -> list[Any]:
+    """Every other kept sample, from the one at ``which`` on, at most ``most``; all of them where there are too few or the batch size is fixed."""
+    samples = _batch_size(leaves)
+    if not module.meta["dynamic_batch"] or samples < 2:
+        return leaves
+    return [x[which::2][:most] if _is_batched(x, samples) else x for x in leaves]
 
 
 def _flat(batches: Iterable[Any], example_inputs: Any, module: fx.GraphModule) -> Iterator[list[Any]]:

@@ -205,6 +205,8 @@ def _fold(module: fx.GraphModule, name: str, layers: list[fx.Node], norms: list[
         node.meta.update({k: v for k, v in norm.args[3].meta.items() if k in ("val", "tensor_meta")})  # type: ignore[union-attr]
     for each, its in zip(layers, norms, strict=True):
         set_bias(each, node)
+        if gamma is not None and beta is not None:
+            each.meta["normal"] = (beta.detach().clone(), gamma.detach().abs())
         for user in list(its.users) if native else [its]:
             user.replace_all_uses_with(each)
             graph.erase_node(user)

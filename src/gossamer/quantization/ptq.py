@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from gossamer.errors import NothingToDo, UsageError, near
-from gossamer.plan import Plan, QuantizeActivation, QuantizeWeight, input_specs
-from gossamer.quantization.build import least_steps, quantized
-from gossamer.quantization.calibration import Progress, correct_biases, observe
+from gossamer.errors import NothingToDo, UsageError
+from gossamer.plan import Plan, input_specs
+from gossamer.quantization.absorption import absorb_biases
+from gossamer.quantization.allocation import HARMFUL, activation_losses, allocate, sizes_of, weight_losses
+from gossamer.quantization.bias import correct_analytically
+from gossamer.quantization.build import quantized
+from gossamer.quantization.calibration import Progress, observe, observe_again, parts
 from gossamer.quantization.canonical import canonical, tensors_with_nan
-from gossamer.quantization.graph import CONVOLUTION, LINEAR, bias_node, channel_axis, op_name, tensor_at, weight_name
-from gossamer.quantization.observers import Histogram, affine
-from gossamer.quantization.points import Points, find_points, source
-from gossamer.quantization.steps import minmax_steps, mse_steps
-from gossamer.quantization.target import resolve
+from gossamer.quantization.edits import activation_edit, weight_edits, with_steps_of
+from gossamer.quantization.equalization import find_wires
+from gossamer.quantization.graph import weight_name
+from gossamer.quantization.latency import slower_in_integers
+from gossamer.quantization.observers import Histogram
+from gossamer.quantization.options import Options
+from gossamer.quantization.points import Points, find_points
+from gossamer.quantization.reconstruction import reconstruct
+from gossamer.quantization.sensitivity import Sensitivity
+from gossamer.quantization.target import Target, resolve
+from gossamer.quantization.trial import equalize_where_it_helps
 from gossamer.result import Profile, Result, network_of
 from gossamer.sources.batches import check_inputs
 from gossamer.trace.capture import capture
 
-STEPS = ("mse", "minmax")
-OBSERVERS = ("mse", "percentile", "minmax")
+_MEASURED_ON = 16  # samples that sensitivities are measured on
 
 
 def quantize(
@@ -33,19 +41,24 @@ def quantize(
     example_inputs: Any,
     *,
     calibration: Iterable[Any] | None = None,
-    weight_bits: int = 8,
-    activation_bits: int = 8,
+    weight_bits: int | Mapping[str, int] = 8,
+    activation_bits: int | str = 8,
+    average_bits: float | tuple[float, float] | None = None,
     step: str = "mse",
+    granularity: str = "channel",
     observer: str = "mse",
+    rounding: str = "nearest",
+    equalize: bool = True,
+    bias_correction: bool | str = True,
     target: str = "auto",
-    bias_correction: bool = True,
+    prefer: str = "size",
     ignore: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Result:
-    """Quantise weights per channel and activations per tensor, without training.
+    """Quantise weights and activations, without training.
 
-    Batch norm is folded first; convolutions and linear layers keep integer weights and int32 biases; what an integer runtime holds
-    in 8 bits is rounded where it is computed (`gossamer.quantization.points`). Outputs of the network stay float.
+    Batch norm is folded first and channels are equalised across layers; convolutions and linear layers keep integer weights and int32 biases;
+    what an integer runtime holds in 8 bits is rounded where it is computed (`gossamer.quantization.points`). Outputs of the network stay float.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10)).eval()
@@ -58,28 +71,39 @@ def quantize(
         model: a float network, or a `Result`, whose plan is continued; it is not changed.
         example_inputs: a tuple of positional inputs, or a dict of keyword inputs.
         calibration: batches as `gossamer.sources.batches.split` takes them; some 100 samples do. Read once.
-        weight_bits: 2 to 8. Codes of fewer bits are stored in 8.
-        activation_bits: 2 to 8.
+        weight_bits: 2 to 8, or bits by pattern of weight names, the first match first: ``{"features.0.*": 8, "*": 4}``. Codes of fewer bits
+            are packed in the ONNX file and run as 8 bits.
+        activation_bits: 2 to 8; 16, which runs in float; or ``"auto"``: 16 for those that alone do harm at 8, by measured sensitivity.
+        average_bits: choose each weight's bits, 2 to 8, for the least loss at this average over all entries; a pair is for weights and activations.
         step: steps of weights, ``"mse"`` (least squared rounding error) or ``"minmax"`` (cover the largest magnitude).
-        observer: ranges of activations, ``"mse"``, ``"percentile"`` (99.99% of values) or ``"minmax"``.
+        granularity: a step for each output ``"channel"`` or for the whole ``"tensor"``.
+        observer: ranges of activations, ``"mse"``, ``"percentile"`` (99.99% of values), ``"minmax"``, ``"moving_average"`` or ``"entropy"``.
+        rounding: ``"nearest"``; ``"gptq"``, second order, and ``"adaround"``, learned, change the codes for the least error of each layer's output,
+            and below 8 bits the steps too.
+        equalize: absorb biases, and rescale channels between layers, where that lowers the noise on samples that the scales have not seen
+            (`gossamer.quantization.equalization`).
+        bias_correction: shift biases so that each channel's mean over some calibration samples is the float network's; ``"analytic"`` takes
+            the means of inputs from the batch norms instead.
         target: ``"vnni"`` and ``"arm"`` store signed weights; ``"avx2"`` unsigned ones, since kernels for signed ones saturate
             there; ``"auto"`` reads this machine's flags.
-        bias_correction: shift biases so that each channel's mean over some calibration samples is the float network's.
+        prefer: ``"size"``, or ``"latency"``: on ``"avx2"`` signed weights of 7 bits, which do not saturate and run faster; and, where the target is
+            this machine's, kinds of layers stay float that ONNX Runtime, measured, runs slower in integers.
         ignore: patterns of module paths or weight names that stay float.
-        progress: called with (batches done, batches in all).
+        progress: called with (done, in all) of each stage: batches, sensitivities, layers.
 
     Returns:
         A `Result`: ``.model`` an ``fx.GraphModule`` in eval mode whose state dict holds the integers, ``.notes`` what stays float.
 
     Raises:
         UsageError: no calibration data, an option out of range, NaN in weights or activations.
-        SelectorError: an ``ignore`` pattern matches no layer.
+        SelectorError: a pattern matches no layer.
+        BudgetError: an average that no choice of bits meets.
         NothingToDo: the network has no convolution or linear layer that can be quantised.
         ExportError: the network cannot be captured as one graph.
     """
     given, model = model, network_of(model, "quantize")
-    _check_options(weight_bits=weight_bits, activation_bits=activation_bits, step=step, observer=observer)
-    _, signed, target_note = resolve(target)
+    options = Options(weight_bits, activation_bits, average_bits, step, granularity, observer, rounding, equalize, bias_correction, prefer)
+    aim = resolve(target, prefer)
     example_inputs = check_inputs(example_inputs)
     if calibration is None:
         raise UsageError(
@@ -93,60 +117,98 @@ def quantize(
     points = find_points(floating, ignore=ignore)
     if not points.layers:
         raise NothingToDo("nothing to quantise: the network has no convolution or linear layer" + "".join(f"; {n}" for n in points.notes))
-    histograms, sample = observe(floating, points.activations, calibration, example_inputs, progress)
-    rounded = {n: _activation(name, histograms[n], observer, activation_bits) for n, name in points.activations.items()}
-    edits = [*_weights(floating, points, rounded, weight_bits, step, signed), *rounded.values()]
-    network = quantized(copy.deepcopy(floating), edits)
-    if bias_correction:
-        correct_biases(floating, network, sample)
+    floating, network, edits, more = _static(floating, points, options, aim, ignore, calibration, example_inputs, progress)
     before, after = _profiles(model, floating, network, example_inputs)
-    notes = (*floating.meta["notes"], target_note, *points.notes)
-    if weight_bits < 8:
-        notes = (*notes, f"{weight_bits}-bit codes are stored in 8 bits each")
+    notes = (*floating.meta["notes"], aim.note, *points.notes, *more)
     plan = Plan(edits=tuple(edits), inputs=input_specs(example_inputs))
     result = Result(network, plan, before, after, example_inputs=example_inputs, notes=notes)
     return given.then(result) if isinstance(given, Result) else result
 
 
-def _check_options(*, weight_bits: int, activation_bits: int, step: str, observer: str) -> None:
-    for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
-        if not isinstance(bits, int) or not 2 <= bits <= 8:
-            raise UsageError(f"{name}={bits}: give an integer from 2 to 8")
-    for name, value, known in (("step", step, STEPS), ("observer", observer, OBSERVERS)):
-        if value not in known:
-            raise UsageError(f"{name}={value!r}: known are {', '.join(known)}{near(str(value), known)}")
+def _static(
+    floating: fx.GraphModule,
+    points: Points,
+    options: Options,
+    aim: Target,
+    ignore: Sequence[str],
+    calibration: Iterable[Any],
+    example_inputs: Any,
+    progress: Progress | None,
+) -> tuple[fx.GraphModule, fx.GraphModule, list[Any], list[str]]:
+    """Calibrate, equalise, choose bits, round: the float graph as it was rounded, the quantised one, its edits, and notes."""
+    names = list(dict.fromkeys(str(weight_name(n)) for n in points.layers))
+    bits = {n: min(b, aim.weight_bits) for n, b in options.widths(names).items()}
+    between = [n for w in find_wires(floating) if w.frozen is None for n in w.nodes if n in points.activations] if options.equalize else []
+    observer, leaves = observe(floating, points.activations, calibration, example_inputs, progress, by_channel=between)
+    histograms, notes = observer.histograms, list[str]()
+    activation_bits = options.activation_bits if isinstance(options.activation_bits, int) else 8
+    if options.equalize:
+        absorbed = absorb_biases(floating, find_wires(floating), observer.channels)
+        rescaled, note = equalize_where_it_helps(floating, points, observer.channels, bits, activation_bits, leaves)
+        notes.append(note)
+        if absorbed:
+            notes.append(f"biases of {absorbed} layers absorbed by the layers that read them")
+        if rescaled or absorbed:
+            histograms = observe_again(floating, points.activations, leaves)
+    widths = dict.fromkeys(points.activations, activation_bits)
+    if options.average_bits is not None or options.activation_bits == "auto":
+        bits, widths, more = _choose_bits(floating, points, options, histograms, bits, widths, leaves, progress)
+        notes += more
+    rounded = {n: activation_edit(name, histograms[n], options.observer, widths[n]) for n, name in points.activations.items()}
+    weights = weight_edits(
+        floating, points, rounded, bits, step=options.step, per_channel=options.granularity == "channel", signed=aim.signed
+    )
+    if options.prefer == "latency" and aim.here:
+        slower, note = slower_in_integers(floating, points, [*weights, *rounded.values()], ignore, example_inputs)
+        notes.append(note)
+        points = find_points(floating, ignore=[*ignore, *slower])
+        rounded = {n: e for n, e in rounded.items() if n in points.activations}
+        weights = [e for e in weights if e.tensor in {weight_name(n) for n in points.layers}]
+    elif options.prefer == "latency":
+        notes.append(f"latency was not measured: this machine is not {aim.name}")
+    network = quantized(copy.deepcopy(floating), [*weights, *rounded.values()])
+    if options.rounding != "nearest" or options.bias_correction in (True, "measured"):
+        measured = options.bias_correction in (True, "measured")
+        reconstruct(floating, network, leaves, bits, rounding=options.rounding, bias_correction=measured, progress=progress)
+        weights = with_steps_of(network, weights)
+    if options.bias_correction == "analytic":
+        notes.append(correct_analytically(floating, network))
+    if fewer := sorted({e.bits for e in weights if e.bits < 8}):
+        notes.append(
+            f"{', '.join(map(str, fewer))}-bit codes are packed in the ONNX file and unpacked to 8 bits, in which they run, when it is loaded"
+        )
+    if wide := [e.point for e in rounded.values() if e.bits == 16]:
+        notes.append(f"activations of 16 bits, which ONNX Runtime computes in float: {', '.join(wide)}")
+    return floating, network, [*weights, *rounded.values()], notes
 
 
-def _activation(point: str, histogram: Histogram, observer: str, bits: int) -> QuantizeActivation:
-    step, zero = affine(*histogram.range(observer, bits), bits)
-    return QuantizeActivation(point=point, bits=bits, signed=False, step=step, zero_point=zero)
-
-
-def _weights(
-    module: fx.GraphModule, points: Points, rounded: dict[fx.Node, QuantizeActivation], bits: int, step: str, signed: bool
-) -> list[QuantizeWeight]:
-    uses: dict[str, list[fx.Node]] = {}
-    for layer in points.layers:
-        uses.setdefault(str(weight_name(layer)), []).append(layer)
-    edits = []
-    for name, layers in uses.items():
-        w, axis = tensor_at(module, name).detach(), channel_axis(layers[0])
-        steps = (mse_steps if step == "mse" else minmax_steps)(w, bits, axis)
-        for layer in layers:
-            inputs = rounded.get(_rounded_at(layer, rounded))  # type: ignore[arg-type]
-            bias = bias_node(layer)
-            if inputs and isinstance(bias, fx.Node) and bias.op == "get_attr" and op_name(layer) in CONVOLUTION | LINEAR:
-                steps = torch.maximum(steps, least_steps(tensor_at(module, str(bias.target)).detach(), inputs.step))
-        values = tuple(float(f"{s:.7g}") for s in steps.tolist())
-        zero = 0 if signed else 1 << (bits - 1)
-        edits.append(QuantizeWeight(tensor=name, bits=bits, axis=axis, signed=signed, steps=values, zero_points=(zero,) * len(values)))
-    return edits
-
-
-def _rounded_at(layer: fx.Node, rounded: dict[fx.Node, QuantizeActivation]) -> fx.Node | None:
-    assert isinstance(layer.args[0], fx.Node)
-    home = source(layer.args[0])
-    return home if home in rounded else None
+def _choose_bits(
+    floating: fx.GraphModule,
+    points: Points,
+    options: Options,
+    histograms: dict[fx.Node, Histogram],
+    bits: dict[str, int],
+    widths: dict[fx.Node, int],
+    leaves: list[Any],
+    progress: Progress | None,
+) -> tuple[dict[str, int], dict[fx.Node, int], list[str]]:
+    """Bits of weights and activations from what each one alone does to the outputs."""
+    runs, notes = Sensitivity(floating, parts(floating, leaves, _MEASURED_ON)[0]), []
+    sizes, activation_sizes = sizes_of(floating, points)
+    average, activation_average = options.averages
+    if average is not None:
+        bits = allocate(weight_losses(runs, floating, points, progress=progress), sizes, average)
+        reached = sum(sizes[n] * b for n, b in bits.items()) / sum(sizes.values())
+        notes.append(f"weights take {reached:.2f} bits on average: {', '.join(f'{n} {b}' for n, b in bits.items())}")
+    if activation_average is not None:
+        losses = activation_losses(runs, histograms, points, options.observer)
+        widths = allocate(losses, activation_sizes, activation_average)
+        reached = sum(activation_sizes[n] * b for n, b in widths.items()) / sum(activation_sizes.values())
+        notes.append(f"activations take {reached:.2f} bits on average")
+    elif options.activation_bits == "auto":
+        alone = activation_losses(runs, histograms, points, options.observer, widths=(8,))
+        widths = {n: 16 if losses[0] > HARMFUL else 8 for n, losses in alone.items()}
+    return bits, widths, notes
 
 
 def _profiles(model: nn.Module, floating: fx.GraphModule, network: fx.GraphModule, example_inputs: Any) -> tuple[Profile, Profile]:

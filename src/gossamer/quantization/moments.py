@@ -1,0 +1,98 @@
+"""Covariances of what a layer multiplies its weights with, over all positions of its output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from gossamer.quantization.graph import CONVOLUTION, LINEAR, op_name
+
+_MOST = 1 << 25  # elements of unfolded input looked at for one layer
+_AT_ONCE = 1 << 24
+_LEAST_SAMPLES = 8
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a layer reads its input: groups, outputs of a group, inputs of one output, and the convolution's numbers."""
+
+    groups: int
+    outputs: int
+    inputs: int
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    def rows(self, w: Tensor) -> Tensor:
+        """A weight as (groups, outputs, inputs)."""
+        return w.reshape(self.groups, self.outputs, self.inputs)
+
+    def columns(self, x: Tensor) -> Tensor:
+        """An input as (groups, inputs, positions of all samples)."""
+        if not self.kernel:
+            return x.reshape(-1, self.inputs).T[None]
+        if len(self.kernel) == 1:
+            x = x[:, :, None]
+        one = lambda t, fill: (fill,) * (2 - len(t)) + t  # noqa: E731
+        kernel, stride, padding, dilation = one(self.kernel, 1), one(self.stride, 1), one(self.padding, 0), one(self.dilation, 1)
+        if kernel == (1, 1) and padding == (0, 0):
+            seen = x[:, :, :: stride[0], :: stride[1]].flatten(2)
+        else:
+            seen = F.unfold(x, kernel, dilation, padding, stride)
+        return seen.unflatten(1, (self.groups, self.inputs)).permute(1, 2, 0, 3).flatten(2)
+
+    def positions(self, shape: torch.Size) -> int:
+        """About how many positions one sample has."""
+        size = 1
+        for n, s in zip(shape[2:], self.stride, strict=False):
+            size *= -(-n // s)
+        return size if self.kernel else max(1, shape[1:-1].numel())
+
+
+def geometry(layer: fx.Node, w: Tensor) -> Geometry | None:
+    """Of a convolution in one or two dimensions or a linear layer; None for anything else."""
+    if op_name(layer) in LINEAR:
+        return Geometry(1, w.shape[0], w.shape[1], (), (), (), ())
+    if op_name(layer) not in CONVOLUTION or w.dim() > 4:
+        return None
+    given: list[Any] = [*layer.args[3:], *[None] * 4]
+    n = w.dim() - 2
+
+    def numbers(value: Any, fill: int) -> tuple[int, ...]:
+        value = [fill] * n if value is None else list(value) if isinstance(value, list | tuple) else [value]
+        return tuple(value * n if len(value) == 1 else value)
+
+    if isinstance(given[1], str) or layer.kwargs:
+        return None
+    groups = int(given[3] or 1)
+    return Geometry(
+        groups, w.shape[0] // groups, w[0].numel(), tuple(w.shape[2:]), numbers(given[0], 1), numbers(given[1], 0), numbers(given[2], 1)
+    )
+
+
+def moments(shape: Geometry, x: Tensor) -> Tensor:
+    """Covariance of the inputs of one output, shape (groups, inputs, inputs); where there are very many positions, over evenly chosen samples.
+
+    Example:
+        >>> x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+        >>> found = moments(Geometry(1, 2, 3, (), (), (), ()), x)
+        >>> bool(torch.allclose(found[0], torch.cov(x.T, correction=0), atol=1e-6))
+        True
+    """
+    per_sample = shape.groups * shape.inputs * shape.positions(x.shape)
+    samples = x.shape[0] if x.dim() > 1 else 1
+    used = max(min(samples, _LEAST_SAMPLES), min(samples, _MOST // max(1, per_sample)))
+    chosen = torch.linspace(0, samples - 1, used).round().long().unique()
+    total, sums, products = 0, torch.zeros(()), torch.zeros(())
+    for index in chosen.split(max(1, _AT_ONCE // max(1, per_sample))):
+        x_GKN = shape.columns(x[index] if x.dim() > 1 else x)
+        total += x_GKN.shape[2]
+        sums = sums + x_GKN.sum(2, dtype=torch.float64)
+        products = products + (x_GKN @ x_GKN.transpose(1, 2)).double()
+    mean_GK = sums / total
+    return (products / total - mean_GK[:, :, None] * mean_GK[:, None]).float()
