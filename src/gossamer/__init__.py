@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gossamer.distillation import distill
     from gossamer.exporting import export
-    from gossamer.flow import compress
+    from gossamer.flow import compress, qat
     from gossamer.lowrank import factorize
     from gossamer.plan import Plan
     from gossamer.profiling import benchmark, profile
     from gossamer.pruning import prune
     from gossamer.quantization import quantize
-    from gossamer.recipe import Budget, Cluster, Distill, Factorize, Fit, Prune, Quantize, Recipe, Sparsify
+    from gossamer.recipe import Budget, Cluster, Distill, Factorize, Fit, Prune, Qat, Quantize, Recipe, Sparsify
     from gossamer.result import Profile, Proof, Result
     from gossamer.run_folder import load
     from gossamer.sharing import cluster
@@ -40,6 +40,7 @@ _HOME = {
     "load_model": "gossamer.sources",
     "profile": "gossamer.profiling",
     "prune": "gossamer.pruning",
+    "qat": "gossamer.flow",
     "quantize": "gossamer.quantization",
     "sparsify": "gossamer.sparsity",
     "Budget": "gossamer.recipe",
@@ -51,6 +52,7 @@ _HOME = {
     "Profile": "gossamer.result",
     "Proof": "gossamer.result",
     "Prune": "gossamer.recipe",
+    "Qat": "gossamer.recipe",
     "Quantize": "gossamer.recipe",
     "Recipe": "gossamer.recipe",
     "Result": "gossamer.result",
@@ -68,6 +70,7 @@ __all__ = [
     "Profile",
     "Proof",
     "Prune",
+    "Qat",
     "Quantize",
     "Recipe",
     "Result",
@@ -86,6 +89,7 @@ __all__ = [
     "load_model",
     "profile",
     "prune",
+    "qat",
     "quantize",
     "sparsify",
 ]

@@ -15,6 +15,7 @@ from gossamer.plan import Plan, QuantizeActivation, QuantizeWeight, input_specs
 from gossamer.quantization.build import least_steps, quantized
 from gossamer.quantization.calibration import Progress, correct_biases, observe
 from gossamer.quantization.canonical import canonical, tensors_with_nan
+from gossamer.quantization.dynamic import uncalibrated, with_tables
 from gossamer.quantization.graph import CONVOLUTION, LINEAR, bias_node, channel_axis, op_name, tensor_at, weight_name
 from gossamer.quantization.observers import Histogram, affine
 from gossamer.quantization.points import Points, find_points, source
@@ -34,7 +35,10 @@ def quantize(
     *,
     calibration: Iterable[Any] | None = None,
     weight_bits: int = 8,
-    activation_bits: int = 8,
+    activation_bits: int | None = 8,
+    dynamic: bool = False,
+    weight_only: bool = False,
+    group_size: int = 32,
     step: str = "mse",
     observer: str = "mse",
     target: str = "auto",
@@ -44,8 +48,8 @@ def quantize(
 ) -> Result:
     """Quantise weights per channel and activations per tensor, without training.
 
-    Batch norm is folded first; convolutions and linear layers keep integer weights and int32 biases; what an integer runtime holds
-    in 8 bits is rounded where it is computed (`gossamer.quantization.points`). Outputs of the network stay float.
+    Batch norm is folded first; convolutions and linear layers keep integer weights and int32 biases, embeddings become 8-bit tables; what
+    an integer runtime holds in 8 bits is rounded where it is computed (`gossamer.quantization.points`). Outputs of the network stay float.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10)).eval()
@@ -59,7 +63,13 @@ def quantize(
         example_inputs: a tuple of positional inputs, or a dict of keyword inputs.
         calibration: batches as `gossamer.sources.batches.split` takes them; some 100 samples do. Read once.
         weight_bits: 2 to 8. Codes of fewer bits are stored in 8.
-        activation_bits: 2 to 8.
+        activation_bits: 2 to 8; None is ``weight_only``.
+        dynamic: without calibration: linear and LSTM layers in 8 bits, their inputs rounded by the range that they have when they run
+            (outputs then depend on what else is in a batch), embeddings as 8-bit tables. Outlying features behind layer norms are moved into
+            weights first, by what the norm's parameters say or, with ``calibration``, by what is measured.
+        weight_only: without calibration: linear layers in 4 or 8 bits (``weight_bits``) with a step for each ``group_size`` inputs,
+            embeddings as 8-bit tables; all arithmetic in float.
+        group_size: 32, 64 or 128.
         step: steps of weights, ``"mse"`` (least squared rounding error) or ``"minmax"`` (cover the largest magnitude).
         observer: ranges of activations, ``"mse"``, ``"percentile"`` (99.99% of values) or ``"minmax"``.
         target: ``"vnni"`` and ``"arm"`` store signed weights; ``"avx2"`` unsigned ones, since kernels for signed ones saturate
@@ -78,6 +88,16 @@ def quantize(
         ExportError: the network cannot be captured as one graph.
     """
     given, model = model, network_of(model, "quantize")
+    if dynamic or weight_only or activation_bits is None:
+        how: dict[str, Any] = {
+            "weight_bits": weight_bits,
+            "activation_bits": activation_bits,
+            "group_size": group_size,
+            "step": step,
+            "target": target,
+        }
+        result = uncalibrated(model, example_inputs, dynamic, weight_only, calibration, ignore=ignore, profiles=_profiles, **how)
+        return given.then(result) if isinstance(given, Result) else result
     _check_options(weight_bits=weight_bits, activation_bits=activation_bits, step=step, observer=observer)
     _, signed, target_note = resolve(target)
     example_inputs = check_inputs(example_inputs)
@@ -96,6 +116,7 @@ def quantize(
     histograms, sample = observe(floating, points.activations, calibration, example_inputs, progress)
     rounded = {n: _activation(name, histograms[n], observer, activation_bits) for n, name in points.activations.items()}
     edits = [*_weights(floating, points, rounded, weight_bits, step, signed), *rounded.values()]
+    edits = with_tables(floating, edits, step, ignore)
     network = quantized(copy.deepcopy(floating), edits)
     if bias_correction:
         correct_biases(floating, network, sample)
@@ -104,7 +125,7 @@ def quantize(
     if weight_bits < 8:
         notes = (*notes, f"{weight_bits}-bit codes are stored in 8 bits each")
     plan = Plan(edits=tuple(edits), inputs=input_specs(example_inputs))
-    result = Result(network, plan, before, after, example_inputs=example_inputs, notes=notes)
+    result = Result(network, plan, before, after, example_inputs=example_inputs, notes=notes, floating=floating)
     return given.then(result) if isinstance(given, Result) else result
 
 
