@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from gossamer.decoupling import decouple
     from gossamer.distillation import distill
     from gossamer.exporting import export
-    from gossamer.flow import compress
+    from gossamer.flow import compress, qat
     from gossamer.lowrank import factorize
     from gossamer.memory import MemoryPlan, plan_memory
     from gossamer.plan import Plan
     from gossamer.profiling import benchmark, profile
     from gossamer.pruning import prune
     from gossamer.quantization import quantize
-    from gossamer.recipe import Budget, Cluster, Decouple, Distill, Factorize, Fit, Prune, Quantize, Recipe, Sparsify
+    from gossamer.recipe import Budget, Cluster, Decouple, Distill, Factorize, Fit, Prune, Qat, Quantize, Recipe, Sparsify
     from gossamer.result import Profile, Proof, Result
     from gossamer.run_folder import load
     from gossamer.sharing import cluster
@@ -44,6 +44,7 @@ _HOME = {
     "plan_memory": "gossamer.memory",
     "profile": "gossamer.profiling",
     "prune": "gossamer.pruning",
+    "qat": "gossamer.flow",
     "quantize": "gossamer.quantization",
     "sparsify": "gossamer.sparsity",
     "Budget": "gossamer.recipe",
@@ -57,6 +58,7 @@ _HOME = {
     "Profile": "gossamer.result",
     "Proof": "gossamer.result",
     "Prune": "gossamer.recipe",
+    "Qat": "gossamer.recipe",
     "Quantize": "gossamer.recipe",
     "Recipe": "gossamer.recipe",
     "Result": "gossamer.result",
@@ -76,6 +78,7 @@ __all__ = [
     "Profile",
     "Proof",
     "Prune",
+    "Qat",
     "Quantize",
     "Recipe",
     "Result",
@@ -96,6 +99,7 @@ __all__ = [
     "plan_memory",
     "profile",
     "prune",
+    "qat",
     "quantize",
     "sparsify",
 ]

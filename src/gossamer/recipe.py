@@ -220,6 +220,9 @@ class Quantize(_Step):
     weight_bits: Annotated[int, Field(ge=2, le=8)] | dict[str, Annotated[int, Field(ge=2, le=8)]] = 8
     activation_bits: Literal[8, 16, "auto"] = 8
     average_bits: Annotated[float, Field(ge=2, le=8)] | None = None
+    dynamic: bool = False
+    weight_only: bool = False
+    group_size: Literal[32, 64, 128] = 32
     step: Literal["mse", "minmax"] = "mse"
     granularity: Literal["channel", "tensor"] = "channel"
     observer: Literal["minmax", "percentile", "mse", "moving_average", "entropy"] = "mse"
@@ -231,15 +234,46 @@ class Quantize(_Step):
     ignore: tuple[str, ...] = ()
 
     @model_validator(mode="after")
-    def _one_choice_of_bits(self) -> Quantize:
+    def _one_way(self) -> Quantize:
         if self.average_bits is not None and self.weight_bits != 8:
             raise ValueError("quantize takes weight_bits or average_bits, not both")
+        if self.dynamic and self.weight_only:
+            raise ValueError("quantize is dynamic or weight_only, not both")
+        if self.dynamic and self.weight_bits != 8:
+            raise ValueError("dynamic quantisation has 8 bits")
+        if self.weight_only and self.weight_bits not in (4, 8):
+            raise ValueError("weight_only takes 4 or 8 weight_bits")
         return self
 
 
-Step = Prune | Factorize | Decouple | Sparsify | Cluster | Fit | Distill | Quantize
+class Qat(_Step):
+    """Integer weights and activations, calibrated and then trained with the rounding in place, taught by the float network so far.
+
+    ``freeze_norms`` is the part of the training after which folded batch norms keep their running statistics.
+    """
+
+    kind: ClassVar[str] = "qat"
+    weight_bits: int = Field(8, ge=2, le=8)
+    activation_bits: int = Field(8, ge=2, le=8)
+    target: Literal["auto", "avx2", "vnni", "arm"] = "auto"
+    ignore: tuple[str, ...] = ()
+    loss: Literal["kd", "kd_standardized", "dkd", "dist", "nkd", "regression"] = "kd"
+    alpha: float | None = Field(None, ge=0)
+    tau: float | None = Field(None, gt=0)
+    freeze_norms: float = Field(0.5, ge=0, le=1)
+    epochs: int = Field(1, ge=1)
+    lr: float = Field(1e-3, gt=0)
+    optimizer: Literal["adamw", "sgd", "adafactor", "adamw8bit"] = "adamw"
+    weight_decay: float = Field(0.01, ge=0)
+    warmup: float = Field(0.05, ge=0, lt=1)
+    clip: float | None = Field(None, gt=0)
+    accumulate: int = Field(1, ge=1)
+    batch_size: int = Field(64, ge=1)
+
+
+Step = Prune | Factorize | Decouple | Sparsify | Cluster | Fit | Distill | Quantize | Qat
 _ORDER = ("prune", "factorize", "decouple", "sparsify", "cluster")
-STEPS: dict[str, type[_Step]] = {s.kind: s for s in (Prune, Factorize, Decouple, Sparsify, Cluster, Fit, Distill, Quantize)}
+STEPS: dict[str, type[_Step]] = {s.kind: s for s in (Prune, Factorize, Decouple, Sparsify, Cluster, Fit, Distill, Quantize, Qat)}
 
 
 class Budget(BaseModel):
@@ -368,8 +402,10 @@ class Recipe(BaseModel):
         if not steps:
             raise RecipeError(f"{where} has no steps: name at least one of {', '.join(STEPS)}")
         kinds = [s.kind for s in steps]
-        if "quantize" in kinds[:-1]:
-            raise RecipeError(f"{where}: quantize must be the last step; nothing can be trained or cut after it")
+        early = next((k for k in kinds[:-1] if k in ("quantize", "qat")), None)
+        if early:
+            hint = "; qat quantises first, by itself" if kinds[-1] == "qat" else ""
+            raise RecipeError(f"{where}: {early} must be the last step; nothing can be trained or cut after it{hint}")
         for first, then in (("prune", _ORDER[1:]), ("factorize", _ORDER[3:]), ("decouple", _ORDER[3:]), ("sparsify", _ORDER[4:])):
             late = next((k for i, k in enumerate(kinds) if k in then and first in kinds[i:]), None)
             if late:

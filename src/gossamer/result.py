@@ -108,6 +108,8 @@ ORDER = {
     "share": "cluster",
     "quantize_weight": "quantize",
     "quantize_activation": "quantize",
+    "quantize_input": "quantize",
+    "quantize_groups": "quantize",
 }
 """Kinds of edits, and the step each comes from, in the order in which steps can follow each other: a later one would be undone."""
 _EITHER = {"decouple": "factorize"}
@@ -154,6 +156,7 @@ class Result:
         notes: one line for each thing that was left alone, with the reason.
         source: the model specification it came from, where there is one.
         report: figures of the exported artefact, filled in by `gossamer.compress`.
+        floating: of a quantised network, the float graph that was rounded; `gossamer.qat` trains on from it. It is not saved.
     """
 
     model: nn.Module
@@ -165,6 +168,7 @@ class Result:
     notes: tuple[str, ...] = ()
     source: str | None = None
     report: Mapping[str, Any] | None = None
+    floating: nn.Module | None = None
 
     def save(self, folder: str | Path) -> Path:
         """Write ``plan.json`` and ``model.safetensors`` into ``folder``; `gossamer.load` reads them back.

@@ -32,6 +32,7 @@ def rewrite(model: ModelProto) -> ModelProto:
     ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in (*model.graph.value_info, *model.graph.input, *model.graph.output)}
     _strip(model)
     graph = _Graph(model)
+    graph.integer_constants()
     graph.average_pools(ranks)
     graph.weights_transposed()
     graph.float_biases()
@@ -89,6 +90,32 @@ class _Graph:
         scale = self.array(node.input[1])
         return node if scale is not None and scale.ndim == 0 else None
 
+    def integer_constants(self) -> None:
+        """Integer weights that are transposed or cast at every run, and biases that are negated: stored so. Steps of blocks, too."""
+        for node in list(self.nodes):
+            w = self.array(node.input[0]) if node.op_type in ("Transpose", "Cast", "Neg") and node.input else None
+            small = w is not None and (w.dtype in (np.int8, np.uint8) or self._scales_blocks(node.output[0]) or node.op_type == "Neg")
+            if w is None or not small or node.output[0] in self.outputs:
+                continue
+            if node.op_type == "Neg":
+                w = -w
+            elif node.op_type == "Cast":
+                kind = next(a.i for a in node.attribute if a.name == "to")
+                if kind not in (TensorProto.INT4, TensorProto.UINT4):
+                    continue
+                w = w.astype(onnx.helper.tensor_dtype_to_np_dtype(kind))
+            else:
+                w = np.ascontiguousarray(w.transpose(next((list(a.ints) for a in node.attribute), None)))
+            self.constants[node.output[0]] = numpy_helper.from_array(w, node.output[0])
+            self.nodes.remove(node)
+        self.index()
+
+    def _scales_blocks(self, value: str) -> bool:
+        """Whether all that reads a value is a DequantizeLinear by blocks, for its steps."""
+        readers = self.readers.get(value, [])
+        blocks = [any(a.name == "block_size" and a.i for a in r.attribute) and r.input[1] == value for r in readers]
+        return bool(blocks) and all(blocks)
+
     def average_pools(self, ranks: dict[str, int]) -> None:
         """A mean over all positions as GlobalAveragePool, which has an integer kernel."""
         for node in [n for n in self.nodes if n.op_type == "ReduceMean"]:
@@ -144,7 +171,8 @@ class _Graph:
     def weight_zero_points(self) -> None:
         """Zero points of signed weights, which ONNX lets one leave out and Gemm's and MatMul's integer kernels ask for."""
         for node in self.nodes:
-            q = self.constants.get(node.input[0]) if node.op_type == "DequantizeLinear" and len(node.input) == 2 else None
+            blocks = any(a.name == "block_size" and a.i for a in node.attribute)
+            q = self.constants.get(node.input[0]) if node.op_type == "DequantizeLinear" and len(node.input) == 2 and not blocks else None
             if (
                 q is None
                 or q.data_type != TensorProto.INT8

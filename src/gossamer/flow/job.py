@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.errors import RecipeError, SourceError, UsageError, WeightsError
-from gossamer.recipe import Budget, Fit, Prune, Quantize, Recipe, Sparsify
+from gossamer.recipe import Budget, Fit, Prune, Qat, Quantize, Recipe, Sparsify
 from gossamer.result import ExampleInputs
 from gossamer.sources import Data, LoadedModel, load_data, load_model
 from gossamer.sources.batches import call, check_inputs, outputs
@@ -179,7 +179,7 @@ def check_folder(out: str | Path, *, resume: bool) -> Path:
 
 
 def _splits(data: Any, recipe: Recipe | None, seed: int) -> tuple[str | None, Iterable[Any], Any]:
-    trains = [s for s in (recipe.steps if recipe else ()) if isinstance(s, Fit) or (isinstance(s, Prune | Sparsify) and s.epochs)]
+    trains = [s for s in (recipe.steps if recipe else ()) if isinstance(s, Fit | Qat) or (isinstance(s, Prune | Sparsify) and s.epochs)]
     if isinstance(data, Data):
         if trains and data.train is None:
             raise RecipeError(

@@ -165,7 +165,7 @@ def _attempt(job: Job, recipe: Recipe, original: Original, folder: Path, progres
             )
             _save_step(result, row, place)
         plan, network, profile, row, step_proof = _load_step(job, plan, network, place)
-        if step.kind != "quantize":
+        if step.kind not in ("quantize", "qat"):
             computed = profile
         proof = step_proof or proof
         rows.append(row)

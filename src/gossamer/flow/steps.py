@@ -10,7 +10,7 @@ from torch import nn
 
 from gossamer.flow.job import Job, Progress
 from gossamer.plan import Plan
-from gossamer.recipe import Cluster, Decouple, Distill, Factorize, Fit, Prune, Quantize, Sparsify
+from gossamer.recipe import Cluster, Decouple, Distill, Factorize, Fit, Prune, Qat, Quantize, Sparsify
 from gossamer.result import Profile, Result
 
 
@@ -20,7 +20,7 @@ def run_step(
     """Apply one step.
 
     Args:
-        step: a `Prune`, `Factorize`, `Decouple`, `Sparsify`, `Cluster`, `Fit`, `Distill` or `Quantize`.
+        step: a `Prune`, `Factorize`, `Decouple`, `Sparsify`, `Cluster`, `Fit`, `Distill`, `Quantize` or `Qat`.
         model: the network so far; not changed.
         plan: of the steps so far: training keeps its zeros and its shared weights.
         before: its profile.
@@ -75,10 +75,13 @@ def run_step(
             return quantize(
                 model,
                 job.example_inputs,
-                calibration=job.calibration,
+                calibration=None if step.dynamic or step.weight_only else job.calibration,
                 weight_bits=step.weight_bits,
                 activation_bits=step.activation_bits,
                 average_bits=step.average_bits,
+                dynamic=step.dynamic,
+                weight_only=step.weight_only,
+                group_size=step.group_size,
                 step=step.step,
                 granularity=step.granularity,
                 observer=step.observer,
@@ -90,6 +93,8 @@ def run_step(
                 ignore=step.ignore,
                 progress=tick,
             )
+        case Qat():
+            return _qat(step, model, plan, before, job, folder, tick)
     raise AssertionError(f"unknown step {step!r}")
 
 
@@ -157,6 +162,46 @@ def _sparsify(step: Sparsify, model: nn.Module, job: Job, folder: Path | None, t
         **_kept_in(folder),
         **options,
     )
+
+
+def _qat(
+    step: Qat, model: nn.Module, plan: Plan, before: Profile, job: Job, folder: Path | None, tick: Callable[[int, int], None]
+) -> Result:
+    quantised: dict[str, Any] = {
+        "weight_bits": step.weight_bits,
+        "activation_bits": step.activation_bits,
+        "target": step.target,
+        "ignore": step.ignore,
+        "calibration": job.calibration,
+    }
+    if folder is None:  # the dry run: what training starts from
+        from gossamer.quantization import quantize
+
+        return quantize(model, job.example_inputs, **quantised)
+    from gossamer.flow.quantized_training import qat
+
+    start = Result(model=model, plan=plan, before=before, after=before, example_inputs=job.example_inputs)
+    trained = qat(
+        start,
+        job.training,
+        loss=step.loss,
+        alpha=step.alpha,
+        tau=step.tau,
+        freeze_norms=step.freeze_norms,
+        epochs=step.epochs,
+        lr=step.lr,
+        optimizer=step.optimizer,
+        weight_decay=step.weight_decay,
+        warmup=step.warmup,
+        clip=step.clip,
+        accumulate=step.accumulate,
+        seed=job.seed,
+        progress=tick,
+        **quantised,
+        **_kept_in(folder),
+    )
+    added = tuple(e for e in trained.plan if e not in plan.edits)
+    return trained.with_(plan=plan.model_copy(update={"edits": added}))
 
 
 def _kept_in(folder: Path | None) -> dict[str, Any]:

@@ -150,6 +150,31 @@ class QuantizeActivation(BaseEdit):
     zero_point: int
 
 
+class QuantizeInput(BaseEdit):
+    """Round what flows into the layers of a weight when they run: ``bits`` bits that cover the range it has then.
+
+    Where there are ``factors``, one for each input feature, it is divided by them first, and the weight is multiplied by them.
+    """
+
+    kind: Literal["quantize_input"] = "quantize_input"
+    tensor: str
+    bits: Literal[8] = 8
+    factors: tuple[float, ...] = ()
+
+
+class QuantizeGroups(BaseEdit):
+    """Store the weight of linear layers as integers, ``w = q * step``, with a step for each ``group`` of input features.
+
+    ``steps`` packs float32 of shape (outputs, ceil(inputs / group)), see `gossamer.quantization.grouped.pack_steps`.
+    """
+
+    kind: Literal["quantize_groups"] = "quantize_groups"
+    tensor: str
+    bits: int
+    group: int
+    steps: str
+
+
 Edit = Annotated[
     Keep
     | SetAttribute
@@ -162,11 +187,13 @@ Edit = Annotated[
     | Share
     | AsGraph
     | QuantizeWeight
-    | QuantizeActivation,
+    | QuantizeActivation
+    | QuantizeInput
+    | QuantizeGroups,
     Field(discriminator="kind"),
 ]
 StructureEdit = Keep | SetAttribute | RescaleCall | AdaptAttention | AddBias | Factorize | Decouple | Mask | Share
-QUANTIZE = (QuantizeWeight, QuantizeActivation)
+QUANTIZE = (QuantizeWeight, QuantizeActivation, QuantizeInput, QuantizeGroups)
 
 
 class InputSpec(BaseEdit):

@@ -26,6 +26,8 @@ from gossamer.plan.edits import (
     Keep,
     Mask,
     QuantizeActivation,
+    QuantizeGroups,
+    QuantizeInput,
     QuantizeWeight,
     RescaleCall,
     SetAttribute,
@@ -167,6 +169,10 @@ class Plan(BaseModel):
                     lines.append(f"  quantise  {e.tensor}: {e.bits} bit {'signed' if e.signed else 'unsigned'}, {where}")
                 case QuantizeActivation():
                     lines.append(f"  quantise  {e.point}: {e.bits} bit, step {e.step:.4g}, zero point {e.zero_point}")
+                case QuantizeInput():
+                    lines.append(f"  quantise  inputs of {e.tensor}: {e.bits} bit, when it runs")
+                case QuantizeGroups():
+                    lines.append(f"  quantise  {e.tensor}: {e.bits} bit signed, a step for each {e.group} inputs")
         return "\n".join(lines)
 
 

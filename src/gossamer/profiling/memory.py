@@ -97,4 +97,4 @@ def planned_bytes(nodes: list[tuple[str, list[str], list[str]]], sizes: Mapping[
         if op in IN_PLACE and taken is not None:
             root[made[0]], last[taken] = taken, last[made[0]]
     found = [Life(b, (k,), sizes.get(b, 0), first[b], last[b]) for k, b in enumerate(last) if root[b] == b and sizes.get(b, 0)]
-    return place(found, peak(found, len(nodes)), seconds=0.1).size
+    return place(found, peak(found, len(nodes))).size

@@ -24,6 +24,7 @@ from gossamer.quantization.graph import (
     weight_name,
     weighted_nodes,
 )  # fmt: skip
+from gossamer.quantization.layers import fuse_layers, store_layers, tables
 from gossamer.quantization.ops import limits
 from gossamer.quantization.points import source
 from gossamer.quantization.steps import codes
@@ -58,11 +59,16 @@ def apply_edits(model: nn.Module, edits: Sequence[Any], example_inputs: Any) -> 
 def quantized(module: fx.GraphModule, edits: Sequence[Any]) -> fx.GraphModule:
     """Apply edits to a canonical graph module, in place, and return it."""
     weights = {e.tensor: e for e in edits if isinstance(e, QuantizeWeight)}
+    with torch.no_grad():
+        for tensor in store_layers(module, edits):
+            del weights[tensor]
     points = {e.point: e for e in edits if isinstance(e, QuantizeActivation)}
     names = point_names(module.graph)
     by_weight: dict[str, list[fx.Node]] = {}
     for layer in weighted_nodes(module.graph):
         by_weight.setdefault(str(weight_name(layer)), []).append(layer)
+    for tensor, nodes in tables(module.graph).items():
+        by_weight[tensor] = [*by_weight.get(tensor, []), *nodes]
     _check(weights, by_weight, points, set(names.values()))
     with torch.no_grad():
         steps = {node: _round_after(module, node, points[name]) for node, name in names.items() if name in points}
@@ -71,6 +77,7 @@ def quantized(module: fx.GraphModule, edits: Sequence[Any]) -> fx.GraphModule:
             if edit.axis is None or (edit.axis == 0 and all(op_name(n) in CONVOLUTION | LINEAR for n in by_weight[tensor])):
                 for use, layer in enumerate(by_weight[tensor]):
                     _store_bias(module, layer, edit, use, steps)
+        fuse_layers(module, edits)
     module.graph.eliminate_dead_code()
     drop_unused(module)
     module.graph.lint()
@@ -83,7 +90,7 @@ def quantized(module: fx.GraphModule, edits: Sequence[Any]) -> fx.GraphModule:
 def _check(weights: dict[str, Any], by_weight: dict[str, Any], points: dict[str, Any], names: set[str]) -> None:
     for tensor in weights:
         if tensor not in by_weight:
-            raise PlanError(f"the network has no convolution or linear weight {tensor!r}{near(tensor, by_weight)}")
+            raise PlanError(f"the network has no convolution, linear or embedding weight {tensor!r}{near(tensor, by_weight)}")
     for point in points:
         if point not in names:
             raise PlanError(f"the network has no point {point!r}{near(point, names)}")
@@ -123,26 +130,33 @@ def _round_after(module: fx.GraphModule, node: fx.Node, edit: QuantizeActivation
 
 def _implied(clip: fx.Node, bottom: float, top: float) -> bool:
     """Whether a clip leaves every value in ``[bottom, top]``, up to rounding, as it is."""
-    arguments = list(clip.args[1:]) + list(clip.kwargs.values())
-    if any(isinstance(a, fx.Node) for a in arguments):
+    found = clip_range(clip)
+    if found is None:
         return False
-    match op_name(clip):
-        case "relu":
-            floor, ceiling = 0.0, None
-        case "relu6":
-            floor, ceiling = 0.0, 6.0
-        case "hardtanh":
-            floor, ceiling = (list(clip.args[1:]) + [-1.0, 1.0][len(clip.args) - 1 :])[:2]  # type: ignore[assignment]
-        case _:
-            given = dict(zip(("min", "max"), clip.args[1:], strict=False)) | dict(clip.kwargs)
-            floor, ceiling = given.get("min"), given.get("max")  # type: ignore[assignment]
+    floor, ceiling = found
     slack = 1e-6 * max(abs(bottom), abs(top))
     return (floor is None or bottom >= floor - slack) and (ceiling is None or top <= ceiling + slack)
 
 
+def clip_range(clip: fx.Node) -> tuple[float | None, float | None] | None:
+    """What a clip clips to, below and above (None: it does not); None where that is computed."""
+    arguments = list(clip.args[1:]) + list(clip.kwargs.values())
+    if any(isinstance(a, fx.Node) for a in arguments):
+        return None
+    match op_name(clip):
+        case "relu":
+            return 0.0, None
+        case "relu6":
+            return 0.0, 6.0
+        case "hardtanh":
+            return tuple((list(clip.args[1:]) + [-1.0, 1.0][len(clip.args) - 1 :])[:2])  # type: ignore[return-value]
+    given = dict(zip(("min", "max"), clip.args[1:], strict=False)) | dict(clip.kwargs)
+    return given.get("min"), given.get("max")  # type: ignore[return-value]
+
+
 def _store_weight(module: fx.GraphModule, layers: list[fx.Node], edit: QuantizeWeight) -> None:
-    graph, node = module.graph, layers[0].args[1]
-    assert isinstance(node, fx.Node)
+    graph = module.graph
+    node = next(n for n in layers[0].all_input_nodes if n.op == "get_attr" and n.target == edit.tensor)
     w = tensor_at(module, edit.tensor)
     count = 1 if edit.axis is None else w.shape[edit.axis]
     if len(edit.steps) != count or len(edit.zero_points) != count:

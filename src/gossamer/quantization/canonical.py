@@ -38,7 +38,8 @@ def canonical(captured: fx.GraphModule) -> fx.GraphModule:
         captured: what `gossamer.trace.capture.capture` returned.
 
     Returns:
-        The same graph module. A folded convolution has its bias under ``<path>.bias``.
+        The same graph module. A folded convolution has its bias under ``<path>.bias``; ``meta["folded"]`` names the weights that a
+        norm was folded into.
     """
     graph = captured.graph
     _one_node_per_tensor(graph)
@@ -57,9 +58,12 @@ def canonical(captured: fx.GraphModule) -> fx.GraphModule:
 
 
 def drop_unused(module: fx.GraphModule) -> None:
-    """Remove every parameter, buffer and submodule that no node reads."""
+    """Remove every parameter, buffer and submodule that no node reads or calls."""
     used = {str(n.target) for n in module.graph.nodes if n.op == "get_attr"}
+    called = {m for n in module.graph.nodes if n.op == "call_module" for m in module.get_submodule(str(n.target)).modules()}
     for path, part in module.named_modules():
+        if part in called:
+            continue
         prefix = path + "." if path else ""
         for store in (part._parameters, part._buffers):
             for name in [n for n in store if prefix + n not in used]:
@@ -199,6 +203,7 @@ def _fold(module: fx.GraphModule, name: str, layers: list[fx.Node], norms: list[
     if old is None and any(n.op == "get_attr" and n.target == bias for n in graph.nodes):
         bias = name + "_bias"
     put_tensor(module, bias, shift.to(w.dtype), buffer=False)
+    module.meta["folded"] = (*module.meta.get("folded", ()), name)
     with graph.inserting_before(layer):
         node = old if old is not None else graph.get_attr(bias)
     if old is None and norm.args[3] is not None:

@@ -154,7 +154,6 @@ def _layers(module: fx.GraphModule, ignore: tuple[str, ...]) -> tuple[list[fx.No
             "gru",
             "rnn_tanh",
             "rnn_relu",
-            "embedding",
             "bilinear",
             "matmul",
             "bmm",

@@ -18,6 +18,7 @@ from gossamer.quantization.bias import correct_analytically
 from gossamer.quantization.build import quantized
 from gossamer.quantization.calibration import Progress, observe, observe_again, parts
 from gossamer.quantization.canonical import canonical, tensors_with_nan
+from gossamer.quantization.dynamic import uncalibrated, with_tables
 from gossamer.quantization.edits import activation_edit, weight_edits, with_steps_of
 from gossamer.quantization.equalization import find_wires
 from gossamer.quantization.graph import weight_name
@@ -42,8 +43,11 @@ def quantize(
     *,
     calibration: Iterable[Any] | None = None,
     weight_bits: int | Mapping[str, int] = 8,
-    activation_bits: int | str = 8,
+    activation_bits: int | str | None = 8,
     average_bits: float | tuple[float, float] | None = None,
+    dynamic: bool = False,
+    weight_only: bool = False,
+    group_size: int = 32,
     step: str = "mse",
     granularity: str = "channel",
     observer: str = "mse",
@@ -57,8 +61,8 @@ def quantize(
 ) -> Result:
     """Quantise weights and activations, without training.
 
-    Batch norm is folded first and channels are equalised across layers; convolutions and linear layers keep integer weights and int32 biases;
-    what an integer runtime holds in 8 bits is rounded where it is computed (`gossamer.quantization.points`). Outputs of the network stay float.
+    Batch norm is folded first and channels are equalised across layers; convolutions and linear layers keep integer weights and int32 biases,
+    embeddings become 8-bit tables; what an integer runtime holds in 8 bits is rounded where it is computed (`gossamer.quantization.points`). Outputs of the network stay float.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10)).eval()
@@ -73,8 +77,15 @@ def quantize(
         calibration: batches as `gossamer.sources.batches.split` takes them; some 100 samples do. Read once.
         weight_bits: 2 to 8, or bits by pattern of weight names, the first match first: ``{"features.0.*": 8, "*": 4}``. Codes of fewer bits
             are packed in the ONNX file and run as 8 bits.
-        activation_bits: 2 to 8; 16, which runs in float; or ``"auto"``: 16 for those that alone do harm at 8, by measured sensitivity.
+        activation_bits: 2 to 8; 16, which runs in float; ``"auto"``: 16 for those that alone do harm at 8, by measured
+            sensitivity; or None, which is ``weight_only``.
         average_bits: choose each weight's bits, 2 to 8, for the least loss at this average over all entries; a pair is for weights and activations.
+        dynamic: without calibration: linear and LSTM layers in 8 bits, their inputs rounded by the range that they have when they run
+            (outputs then depend on what else is in a batch), embeddings as 8-bit tables. Outlying features behind layer norms are moved into
+            weights first, by what the norm's parameters say or, with ``calibration``, by what is measured.
+        weight_only: without calibration: linear layers in 4 or 8 bits (``weight_bits``) with a step for each ``group_size`` inputs,
+            embeddings as 8-bit tables; all arithmetic in float.
+        group_size: 32, 64 or 128.
         step: steps of weights, ``"mse"`` (least squared rounding error) or ``"minmax"`` (cover the largest magnitude).
         granularity: a step for each output ``"channel"`` or for the whole ``"tensor"``.
         observer: ranges of activations, ``"mse"``, ``"percentile"`` (99.99% of values), ``"minmax"``, ``"moving_average"`` or ``"entropy"``.
@@ -102,6 +113,16 @@ def quantize(
         ExportError: the network cannot be captured as one graph.
     """
     given, model = model, network_of(model, "quantize")
+    if dynamic or weight_only or activation_bits is None:
+        how: dict[str, Any] = {
+            "weight_bits": weight_bits,
+            "activation_bits": activation_bits,
+            "group_size": group_size,
+            "step": step,
+            "target": target,
+        }
+        result = uncalibrated(model, example_inputs, dynamic, weight_only, calibration, ignore=ignore, profiles=_profiles, **how)
+        return given.then(result) if isinstance(given, Result) else result
     options = Options(weight_bits, activation_bits, average_bits, step, granularity, observer, rounding, equalize, bias_correction, prefer)
     aim = resolve(target, prefer)
     example_inputs = check_inputs(example_inputs)
@@ -121,7 +142,7 @@ def quantize(
     before, after = _profiles(model, floating, network, example_inputs)
     notes = (*floating.meta["notes"], aim.note, *points.notes, *more)
     plan = Plan(edits=tuple(edits), inputs=input_specs(example_inputs))
-    result = Result(network, plan, before, after, example_inputs=example_inputs, notes=notes)
+    result = Result(network, plan, before, after, example_inputs=example_inputs, notes=notes, floating=floating)
     return given.then(result) if isinstance(given, Result) else result
 
 
@@ -166,7 +187,9 @@ def _static(
         weights = [e for e in weights if e.tensor in {weight_name(n) for n in points.layers}]
     elif options.prefer == "latency":
         notes.append(f"latency was not measured: this machine is not {aim.name}")
-    network = quantized(copy.deepcopy(floating), [*weights, *rounded.values()])
+    edits = with_tables(floating, [*weights, *rounded.values()], options.step, ignore)
+    tables = edits[len(weights) + len(rounded) :]
+    network = quantized(copy.deepcopy(floating), edits)
     if options.rounding != "nearest" or options.bias_correction in (True, "measured"):
         measured = options.bias_correction in (True, "measured")
         reconstruct(floating, network, leaves, bits, rounding=options.rounding, bias_correction=measured, progress=progress)
@@ -179,7 +202,7 @@ def _static(
         )
     if wide := [e.point for e in rounded.values() if e.bits == 16]:
         notes.append(f"activations of 16 bits, which ONNX Runtime computes in float: {', '.join(wide)}")
-    return floating, network, [*weights, *rounded.values()], notes
+    return floating, network, [*weights, *rounded.values(), *tables], notes
 
 
 def _choose_bits(

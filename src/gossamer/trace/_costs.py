@@ -29,6 +29,10 @@ def contraction_cost(call: Call) -> Cost | None:
         case "linear":
             w = a[1]
             return "linear", call.outputs[0].numel() * w.shape[-1], (w, call.arg(2, "bias"))
+        case "gossamer::dynamic_linear" | "gossamer::grouped_linear":
+            return "linear", call.outputs[0].numel() * a[1].shape[-1], (a[1], None)
+        case "gossamer::dynamic_lstm":
+            return "lstm", a[0].shape[0] * a[0].shape[1] * (a[3].numel() + a[4].numel()), (a[3], None)
         case "mv":
             return "linear", a[0].numel(), (a[0], None)
         case "addmv":

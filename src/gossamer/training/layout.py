@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
@@ -49,7 +49,7 @@ def takes_channels_last(model: nn.Module, objective: Objective, batch: Batch) ->
 
     The pass is made in eval mode and without gradients; modes, layout, and random state are put back.
     """
-    if not any(isinstance(m, nn.Conv2d) for m in model.modules()):
+    if not any(isinstance(m, nn.Conv2d) for m in model.modules()) and not _graph_convolves(model):
         return False
     modes = [(m, m.training) for m in model.modules()]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
@@ -65,3 +65,8 @@ def takes_channels_last(model: nn.Module, objective: Objective, batch: Batch) ->
             module.training = mode
         set_layout(model, False)
     return True
+
+
+def _graph_convolves(model: nn.Module) -> bool:
+    """Whether a network is a graph of tensor operations with 2-d convolutions in it."""
+    return isinstance(model, fx.GraphModule) and any(n.target is torch.ops.aten.conv2d.default for n in model.graph.nodes)
