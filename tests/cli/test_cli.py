@@ -65,7 +65,6 @@ def test_the_set_of_options_is_frozen():
         (["compress", "gossamer:resnet8", "--data", "digits", "--out", "out", "--recipe", "absent.yaml"], "absent.yaml"),
         (["compress", "gossamer:resnet8", "--data", "digits", "--out", "out", "--budget", "latncy=0.5"], "latency"),
         (["memory", "gossamer:resnet8", "--patches", "4"], "4x4"),
-        (["memory", "gossamer:resnet8", "--ram-budget", "9"], "smallest"),
         (["memory", "gossamer:resnet8", "--ram-budget", "1.5 bananas"], "unit"),
         (["memory", "gossamer:resnet8", "--picture", "absent/plan.png"], "absent"),
         (["report", "absent"], "absent"),
@@ -258,3 +257,10 @@ def test_a_bad_image_is_named_or_skipped_on_request(capsys, tmp_path):
         assert call(*arguments, "--out", str(tmp_path / "b"), "--skip-unreadable") == 0
     assert call(*arguments, "--out", str(tmp_path / "c"), "--workers", "1") == 2
     assert "3.png" in capsys.readouterr().err
+
+
+def test_a_budget_of_memory_that_cannot_be_met_is_exit_code_1(capsys):
+    assert call("memory", "gossamer:resnet8", "--ram-budget", "9B") == 1
+    err = capsys.readouterr().err
+    assert "smallest" in err
+    assert err.count("\n") == 1

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import gossamer as gs
 from gossamer.memory import MemoryPlan
 from gossamer.memory import plan as planning
+from gossamer.models import mobilenet_v2
 
 
 def livened(model: nn.Module) -> nn.Module:
@@ -121,3 +124,11 @@ class Random(nn.Module):
             else:
                 values.append({"add": lambda a, b: a + b, "mul": lambda a, b: a * torch.tanh(b), "act": lambda a, b: F.gelu(a)}[kind](a, b))
         return values[-1], torch.stack(values[-3:]).sum(0)
+
+
+@cache
+def planned_mobilenet():
+    """MobileNetV2, an input, and its plan: made once."""
+    torch.manual_seed(0)
+    net, x = livened(mobilenet_v2()), torch.randn(1, 3, 224, 224)
+    return net, x, gs.plan_memory(net, (x,))

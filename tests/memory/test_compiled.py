@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from networks import Attention, Dense, Random, livened
+from networks import Attention, Dense, Random, livened, planned_mobilenet
 from torch import nn
 from watching import taken
 
@@ -90,8 +90,8 @@ def test_it_only_infers():
 
 @pytest.mark.skipif(not convolutions.onednn(), reason="without oneDNN, a test of its own")
 @pytest.mark.parametrize(("make", "shape"), [(Attention, (1, 3, 64, 64)), (None, ())])
-def test_a_run_takes_next_to_nothing_from_the_allocator(make, shape, mobilenet):
-    net, x, plan = mobilenet
+def test_a_run_takes_next_to_nothing_from_the_allocator(make, shape):
+    net, x, plan = planned_mobilenet()
     if make is not None:
         net, x = livened(make()), torch.randn(shape)
         plan = gs.plan_memory(net, (x,))

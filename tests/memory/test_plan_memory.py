@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from networks import Attention, Branches, Dense, Random, again, block, livened
+from networks import Attention, Branches, Dense, Random, again, block, livened, planned_mobilenet
 from torch import nn
 from torch.nn import functional as F
 
@@ -143,8 +143,8 @@ def test_an_operation_that_cannot_write_into_the_arena_is_named_and_counted():
     agrees(Sorted(), (x,), plan)
 
 
-def test_a_plan_of_mobilenet_is_not_above_the_published_bytes(mobilenet):
-    _, _, plan = mobilenet
+def test_a_plan_of_mobilenet_is_not_above_the_published_bytes():
+    _, _, plan = planned_mobilenet()
     assert plan.arena_bytes <= 5.743 * 2**20
     assert plan.any_order_bound_bytes == plan.arena_bytes
     data = json.loads(json.dumps(plan.to_json()))
@@ -156,8 +156,8 @@ def test_a_plan_of_mobilenet_is_not_above_the_published_bytes(mobilenet):
     assert all(len(line) <= 200 for line in table.splitlines())
 
 
-def test_the_profile_says_what_the_plan_takes(mobilenet):
-    net, x, plan = mobilenet
+def test_the_profile_says_what_the_plan_takes():
+    net, x, plan = planned_mobilenet()
     assert gs.profile(net, (x,)).peak_activation_bytes == plan.arena_bytes
     small, x = gs.load_model("gossamer:resnet8").model.eval(), torch.rand(1, 3, 32, 32)
     assert gs.profile(small, (x,)).peak_activation_bytes == gs.plan_memory(small, (x,)).arena_bytes
@@ -177,8 +177,8 @@ def test_the_network_stays_as_it_is():
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
-def test_the_picture(tmp_path, mobilenet):
-    _, _, plan = mobilenet
+def test_the_picture(tmp_path):
+    _, _, plan = planned_mobilenet()
     from PIL import Image
 
     with Image.open(plan.picture(tmp_path / "plan.png")) as picture:
