@@ -41,6 +41,14 @@ def mobilenet_weights() -> Path:
     return Path(next(iter(found.submodule_search_locations))) / "weights" / "mobilenet_v2-b0353104.pth"
 
 
+LONGEST = ("test_the_readme_s_commands_on_the_photographs", "test_train_then_compress_report_bench_and_export", "[README.md]")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests first: at the end of a run one of them would keep all workers but one waiting."""
+    items.sort(key=lambda item: not item.name.endswith(LONGEST))
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """``case``: each of the small networks that break other tools, as (network, example inputs); a skip where they are absent."""
     if "case" not in metafunc.fixturenames:
