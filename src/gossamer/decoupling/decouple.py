@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
@@ -15,7 +14,7 @@ from gossamer.decoupling.choice import MOST_INPUTS, each_fitted, slower, some, w
 from gossamer.decoupling.fitting import Fitted
 from gossamer.decoupling.forms import FORMS, Sizes, convolutions, cost, exchange, inner, most_terms, sizes_of, unfit
 from gossamer.errors import NothingToDo, UsageError, near
-from gossamer.exchange import Place, find_places
+from gossamer.exchange import Place, check_finite, find_places
 from gossamer.plan import Decouple, Plan, apply_structure, input_specs
 from gossamer.profiling import profile
 from gossamer.result import ExampleInputs, Result, network_of
@@ -92,7 +91,7 @@ def decouple(
         )
     inputs = check_inputs(example_inputs)
     _check(form, terms, groups, width, macs, runtime, samples)
-    _check_finite(network)
+    check_finite(network)
     before = profile(network, inputs)
     work = apply_structure(network, [])
     places, notes = find_places(work, inputs, ignore, kinds=_ConvNd)
@@ -210,10 +209,3 @@ def _exchange(
 def _can_be_wrapped(norm: _BatchNorm) -> bool:
     """Whether an order of channels may come after it: classes of its own may be read, or do more than normalise."""
     return type(norm) in _PLAIN_NORMS and not norm._forward_hooks and not norm._forward_pre_hooks
-
-
-def _check_finite(model: nn.Module) -> None:
-    for name, p in model.named_parameters():
-        if p.is_floating_point() and not isinstance(p, nn.parameter.UninitializedParameter) and not bool(torch.isfinite(p.detach()).all()):
-            bad = int((~torch.isfinite(p.detach())).sum())
-            raise UsageError(f"{name} holds {bad} values that are NaN or infinite: check how it was trained")

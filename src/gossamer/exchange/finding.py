@@ -9,10 +9,11 @@ from fnmatch import fnmatchcase
 from types import UnionType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from gossamer.errors import SelectorError, TraceError, near
+from gossamer.errors import SelectorError, TraceError, UsageError, near
 from gossamer.exchange.forms import Dims, Layer, bare, dims, walk
 from gossamer.plan import apply_structure, replace_module
 from gossamer.profiling.runtime import evaluating, first_line
@@ -186,3 +187,11 @@ def _watched(
         else:
             left.setdefault(reason, []).append(name)
     return found
+
+
+def check_finite(model: nn.Module) -> None:
+    """UsageError naming the first parameter that holds NaN or infinity."""
+    for name, p in model.named_parameters():
+        if p.is_floating_point() and not isinstance(p, nn.parameter.UninitializedParameter) and not bool(torch.isfinite(p.detach()).all()):
+            bad = int((~torch.isfinite(p.detach())).sum())
+            raise UsageError(f"{name} holds {bad} values that are NaN or infinite: check how it was trained")

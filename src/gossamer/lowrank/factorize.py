@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gossamer.calibration import Batches, Divergence, following_norms, reestimate_batch_norm
 from gossamer.errors import NothingToDo, UsageError, near
+from gossamer.exchange import check_finite
 from gossamer.lowrank.allocation import Budget, allocate
 from gossamer.lowrank.choice import RankSpec, chosen_ranks
 from gossamer.lowrank.fitting import Fitted
@@ -109,7 +109,7 @@ def factorize(
         raise UsageError("a latency target needs runtime='onnxruntime'")
     if (round_to is not None and round_to < 1) or samples < 1:
         raise UsageError(f"round_to={round_to} and samples={samples} must be at least 1")
-    _check_finite(network)
+    check_finite(network)
     before = profile(network, inputs)
     work = apply_structure(network, [])
     sites, notes = find_sites(work, inputs, ignore)
@@ -235,10 +235,3 @@ def _some(names: Sequence[str]) -> str:
 
 def _because(notes: Sequence[str]) -> str:
     return f" ({'; '.join(notes)})" if notes else ": it has no linear layer or convolution"
-
-
-def _check_finite(model: nn.Module) -> None:
-    for name, p in model.named_parameters():
-        if p.is_floating_point() and not isinstance(p, nn.parameter.UninitializedParameter) and not bool(torch.isfinite(p.detach()).all()):
-            bad = int((~torch.isfinite(p.detach())).sum())
-            raise UsageError(f"{name} holds {bad} values that are NaN or infinite: check how it was trained")

@@ -64,7 +64,7 @@ def observe(
     observer, kept, room, total = Observer(module, watched, by_channel), [], 1, count(batches)
     done = 0
     with torch.no_grad():
-        for leaves in _flat(batches, example_inputs, module):
+        for leaves in flat_batches(batches, example_inputs, module):
             try:
                 observer.run(*leaves, enable_io_processing=False)
             except UsageError as e:
@@ -111,7 +111,7 @@ def sample(module: fx.GraphModule, leaves: list[Any], which: int, most: int) -> 
     return [x[which::2][:most] if _is_batched(x, samples) else x for x in leaves]
 
 
-def _flat(batches: Iterable[Any], example_inputs: Any, module: fx.GraphModule) -> Iterator[list[Any]]:
+def flat_batches(batches: Iterable[Any], example_inputs: Any, module: fx.GraphModule) -> Iterator[list[Any]]:
     """Each batch as the flat list of the graph's inputs."""
     known = [n for n in module.graph.nodes if n.op == "placeholder"]
     device = next((t.device for t in module.state_dict().values()), torch.device("cpu"))

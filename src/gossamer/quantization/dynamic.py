@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from gossamer.errors import NothingToDo, UsageError, near
 from gossamer.plan import Plan, QuantizeGroups, QuantizeInput, QuantizeWeight, input_specs
 from gossamer.quantization.build import quantized
+from gossamer.quantization.calibration import flat_batches
 from gossamer.quantization.canonical import canonical, tensors_with_nan
 from gossamer.quantization.graph import tensor_at
 from gossamer.quantization.grouped import group_steps, pack_steps
@@ -21,7 +21,7 @@ from gossamer.quantization.smoothing import estimated_range, factors, measured_r
 from gossamer.quantization.steps import minmax_steps, mse_steps
 from gossamer.quantization.target import resolve
 from gossamer.result import Profile, Result
-from gossamer.sources.batches import check_inputs, split
+from gossamer.sources.batches import check_inputs
 from gossamer.trace.capture import capture
 
 STEPS = ("mse", "minmax")
@@ -138,7 +138,7 @@ def _outliers(floating: fx.GraphModule, linear: dict[str, list[fx.Node]], calibr
     if calibration is not None:
         batches = [calibration] if isinstance(calibration, Tensor) else calibration
         nodes = [n for found in linear.values() for n in found]
-        ranges = dict(measured_ranges(floating, nodes, (_leaves(b, inputs) for b in batches)))
+        ranges = dict(measured_ranges(floating, nodes, flat_batches(batches, inputs, floating)))
     found: dict[str, tuple[float, ...]] = {}
     for name, layers in linear.items():
         values = {n.args[0] for n in layers}
@@ -146,12 +146,6 @@ def _outliers(floating: fx.GraphModule, linear: dict[str, list[fx.Node]], calibr
             reach = ranges.get(value) if calibration is not None else estimated_range(floating, value)
             found[name] = () if reach is None else factors(reach)
     return found
-
-
-def _leaves(raw: Any, example_inputs: Any) -> list[Any]:
-    batch = split(raw, example_inputs)
-    kwargs = {k: batch.kwargs[k] for k in example_inputs} if batch.kwargs and isinstance(example_inputs, dict) else batch.kwargs
-    return list(pytree.tree_leaves((batch.args, kwargs)))
 
 
 def _rows(floating: fx.GraphModule, name: str, step: str, signed: bool, moved: tuple[float, ...] = ()) -> QuantizeWeight:
