@@ -45,6 +45,7 @@ def decouple(
     """Replace dense convolutions by cheaper kinds of convolution that do nearly the same, and are trained on from there.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1, padding_mode="reflect"))
         >>> result = decouple(net, (torch.zeros(1, 3, 8, 8),), terms=2, ignore=["0"], runtime=None)
         >>> [type(m).__name__ for m in result.model[2]], result.model[2][1].groups, result.after.macs < result.before.macs
