@@ -326,3 +326,39 @@ def test_a_buffer_filled_part_by_part():
     assert result.proof.difference < 1e-6
     assert (result.model.a.out_channels, result.model.b.out_channels, result.model.c.in_channels) == (4, 8, 12)
     result.model(torch.randn(5, 3, 6, 6))
+
+
+class SharedKeys(nn.Module):
+    """Four query heads of 8 that share two key and value heads, in each way that this is written."""
+
+    def __init__(self, style):
+        super().__init__()
+        self.style = style
+        self.q, self.k, self.v, self.proj = nn.Linear(6, 32), nn.Linear(6, 16), nn.Linear(6, 16), nn.Linear(32, 3)
+
+    def forward(self, x):
+        q, k, v = (layer(x).unflatten(-1, (-1, 8)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        if self.style == "repeat":
+            k, v = (t.repeat_interleave(2, 1) for t in (k, v))
+        if self.style == "expand":
+            k, v = (t[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1, 2) for t in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.style == "fused")
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("style", ["fused", "repeat", "expand"])
+def test_queries_leave_with_the_key_head_that_they_share(style):
+    torch.manual_seed(0)
+    net, inputs = SharedKeys(style).eval(), (torch.randn(2, 5, 6),)
+    with torch.no_grad():
+        net.k.weight[:8] *= 0.01  # the first key head, and with it query heads 0 and 1, matter least
+        net.v.weight[:8] *= 0.01
+        net.q.weight[:16] *= 0.01
+        net.proj.weight[:, :16] *= 0.01
+    result = gs.prune(net, inputs, ratio=0.5)
+    assert result.proof.holds
+    assert (result.model.q.out_features, result.model.k.out_features, result.model.v.out_features) == (16, 8, 8)
+    x = torch.randn(3, 7, 6)
+    with torch.no_grad():
+        net.proj.weight[:, :16] = 0
+        torch.testing.assert_close(result.model(x), net(x), rtol=1e-5, atol=1e-6)

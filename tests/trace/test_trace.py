@@ -240,3 +240,16 @@ def test_tracing_mobilenet_costs_a_few_forward_passes():
         h.remove()
     assert len(calls) == sum(1 for m in net.modules() if not list(m.children()))
     assert len(traced.channels.groups) == 25
+
+
+def test_operands_that_a_rule_does_not_know_freeze_what_reaches_it(monkeypatch):
+    from gossamer.trace import _rules
+
+    def fails(watch, call):
+        raise IndexError("list index out of range")
+
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    monkeypatch.setitem(_rules._FOUND, torch.ops.aten.tanh.default, ("tanh", fails, False))
+    found = channels(net, (torch.zeros(1, 4),))
+    assert [g.name for g in found.groups] == ["2"]
+    assert "tanh in 1 is not understood" in {g.frozen for g in found.frozen}

@@ -159,11 +159,21 @@ def matrix_vector(watch: Watch, call: Call) -> list[Planes]:
 )
 def attention(watch: Watch, call: Call) -> list[Planes]:
     """Scaled dot-product attention: two matrix products. A head's query, key and value channels leave together."""
-    q, k, v = (watch.operand(t) for t in call.args[:3])
+    q, *rest = (watch.operand(t) for t in call.args[:3])
+    k, v = (_for_each_query(o, q) for o in rest)
     turned = Operand((*k.shape[:-2], k.shape[-1], k.shape[-2]), tuple(p.transpose(-1, -2) for p in k.planes), k.what)
     scores = Operand((*q.shape[:-1], k.shape[-2]), contract(watch, call, q, turned, False, False), "attention scores")
     planes = contract(watch, call, scores, v, False, False)
     return [planes, *[()] * (len(call.outputs) - 1)]
+
+
+def _for_each_query(o: Operand, q: Operand) -> Operand:
+    """Keys or values with a head for every query head, where several share one (grouped-query attention)."""
+    if len(q.shape) < 3 or o.shape[-3] == q.shape[-3] or o.shape[-3] == 1:
+        return o
+    times = q.shape[-3] // o.shape[-3]
+    planes = tuple(p.repeat_interleave(times, p.dim() - 3) if p.shape[-3] > 1 else p for p in o.planes)
+    return Operand((*o.shape[:-3], q.shape[-3], *o.shape[-2:]), planes, o.what)
 
 
 def contract(watch: Watch, call: Call, a: Operand, b: Operand, a_is_weight: bool, b_is_weight: bool) -> Planes:

@@ -183,7 +183,7 @@ class Watch(TorchDispatchMode):
         return out
 
     def _after(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any, before: tuple[tuple[int, ...], ...]) -> None:
-        from gossamer.trace._rules import rule_of
+        from gossamer.trace._rules import rule_of, unknown
 
         name, rule, inplace = rule_of(func)
         tensors = list(_tensors(args))
@@ -202,7 +202,10 @@ class Watch(TorchDispatchMode):
         if inplace and self._blank_at:
             self._write(call)
         self._use(call)
-        planes = rule(self, call)
+        try:
+            planes = rule(self, call)
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError):  # operands that the rule does not know
+            planes = unknown(self, call)
         if not inplace:
             self._note(call, planes)
         if self.on_step is not None:
