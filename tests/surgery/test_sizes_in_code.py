@@ -362,3 +362,76 @@ def test_queries_leave_with_the_key_head_that_they_share(style):
     with torch.no_grad():
         net.proj.weight[:, :16] = 0
         torch.testing.assert_close(result.model(x), net(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_module_that_checks_its_input_against_an_attribute():
+    class Patches(nn.Module):
+        def __init__(self, channels, out):
+            super().__init__()
+            self.num_channels, self.projection = channels, nn.Conv2d(channels, out, 2, stride=2)
+
+        def forward(self, x):
+            if x.shape[1] != self.num_channels:
+                raise ValueError("the number of channels is not the one in the configuration")
+            return self.projection(x).flatten(2).transpose(1, 2)
+
+    class Stages(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm, self.second, self.head = Patches(3, 12), nn.LayerNorm(12), Patches(12, 20), nn.Linear(20, 2)
+
+        def forward(self, x):
+            b, _, h, w = x.shape
+            y = self.norm(self.first(x)).transpose(1, 2).reshape(b, -1, h // 2, w // 2).contiguous(memory_format=torch.channels_last)
+            return self.head(self.second(y).mean(1))
+
+    torch.manual_seed(0)
+    net = Stages().eval()
+    result = gs.prune(net, (torch.randn(1, 3, 16, 16),), ratio=0.5)
+    assert result.model.second.num_channels == result.model.second.projection.in_channels < 12
+    assert not [n for n in result.notes if n.startswith("left in")]
+    assert result.model(torch.randn(2, 3, 32, 32)).shape == (2, 2)
+
+
+def test_a_table_of_positions_added_inside_the_fused_attention():
+    class Windowed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.proj, self.table = nn.Linear(6, 96), nn.Linear(32, 3), nn.Parameter(torch.randn(9, 4))
+            self.register_buffer("index", torch.arange(25) % 9)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+            bias = self.table[self.index].view(5, 5, -1).permute(2, 0, 1)[None]
+            return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2))
+
+    torch.manual_seed(0)
+    net = Windowed().eval()
+    result = gs.prune(net, (torch.randn(2, 5, 6),), ratio=0.5)
+    assert result.model.table.shape == (9, 2)
+    assert result.proof.holds
+    assert not [n for n in result.notes if n.startswith("left in")]
+
+
+def test_an_attribute_that_equals_a_size_by_chance_stays():
+    class Reduced(nn.Module):
+        """Two heads, and keys at half the positions: the same number, another meaning."""
+
+        def __init__(self):
+            super().__init__()
+            self.reduction, self.num_heads = 2, 2
+            self.reduce, self.q, self.kv, self.proj = nn.Linear(16, 8), nn.Linear(8, 16), nn.Linear(8, 32), nn.Linear(16, 3)
+
+        def forward(self, x):
+            b, n, c = x.shape
+            q = self.q(x).view(b, n, self.num_heads, 8).transpose(1, 2)
+            if self.reduction > 1:
+                x = self.reduce(x.reshape(b, n // 2, 2 * c))
+            k, v = (t.view(b, -1, self.num_heads, 8).transpose(1, 2) for t in self.kv(x).chunk(2, -1))
+            out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+            return self.proj(out.reshape(b, n, self.num_heads * 8))
+
+    torch.manual_seed(0)
+    result = gs.prune(Reduced().eval(), (torch.randn(1, 6, 8),), ratio=0.5, ignore=["reduce"])
+    assert (result.model.reduction, result.model.num_heads, result.model.proj.in_features) == (2, 1, 8)
+    assert result.proof.holds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from gossamer.surgery.replay import Divergence, classes_through, first_divergenc
 from gossamer.trace import Trace
 
 _ROUNDS = 40  # each freezes at least one class that was to be removed
+_BEFORE = 4  # steps before a refusal in which the size that was refused may have been made
 _PATIENCE = 3  # attempts after which what fails in one module is left in in all modules of its class
 
 
@@ -94,7 +96,7 @@ def cut(model: nn.Module, traced: Trace, removed: Tensor) -> Cut:
             if more:  # the code refused a size before it computed anything: an attribute may say what it expects
                 claims += more
                 continue
-            claims = [c for c in claims if c.step != where.step]
+            claims = [c for c in claims if c.at != where.step]
             suspects, note = _through(model, traced, removed, where.step, where.what, alike=attempt >= _PATIENCE)
         notes.append(note)
         frozen |= suspects
@@ -110,26 +112,34 @@ def cut_once(model: nn.Module, traced: Trace, removed: Tensor) -> tuple[nn.Modul
 
 @dataclass(frozen=True)
 class Claim:
-    """An attribute is taken to be the size of one dimension of what a step makes."""
+    """An attribute is taken to be the size of one dimension of what a step makes, because the code refused to go on to step ``at``."""
 
     module: str
     name: str
     step: int
     dim: int
+    at: int
 
 
 def _claims(model: nn.Module, traced: Trace, removed: Tensor, at: int) -> list[Claim]:
-    """Whole-number attributes equal to a size that changes in a step, in all modules of the class."""
+    """Whole-number attributes equal to a size that changes in a step or shortly before, of its module and of the one around it, and of all such."""
     predict = Prediction(traced, removed)
-    found = []
-    for i in _alike(model, traced, at):
-        step = traced.steps[i]
-        new = predict.shapes(step)[0] if step.outputs else None
-        values = whole_numbers(model.get_submodule(step.path))
-        for d, old in enumerate(step.shapes[0] if new is not None else ()):
-            if new is not None and new[d] != old:
-                found += [Claim(step.path, name, i, d) for name, value in values.items() if value == old]
-    return found
+    found: dict[tuple[str, str], Claim] = {}
+    for around in (False, True):
+        for i in _alike(model, traced, at, around=around):
+            path = traced.steps[i].path
+            module = path.rpartition(".")[0] if around else path
+            holder = model.get_submodule(module)
+            own = type(holder).__module__.startswith("torch.nn.") or (around and not module)  # torch's layers tell their sizes anyway
+            values = {} if own else whole_numbers(holder)
+            before = range(i - 1, max(i - _BEFORE, -1), -1)
+            for j in (*before, i) if around else (i, *before):  # the module around refused what it was given
+                step = traced.steps[j]
+                new = predict.shapes(step)[0] if step.outputs else None
+                for d, old in enumerate(step.shapes[0] if new is not None else ()):
+                    for name in (n for n, value in values.items() if value == old) if new is not None and new[d] != old else ():
+                        found.setdefault((module, name), Claim(module, name, j, d, i))
+    return list(found.values())
 
 
 def _applied(
@@ -156,10 +166,12 @@ def _applied(
     for guess in attribute_guesses(network, needed) if needed else ():
         before = [SetAttribute(module=e.module, name=e.name, value=getattr(network.get_submodule(e.module), e.name)) for e in guess]
         apply_structure(network, guess, copied=True)
+        reached = repair.reached
         now, _ = repair.needed(network)
-        if size(now) < size(needed):
+        if size(now) < size(needed) and repair.reached >= reached:  # and not because another branch was taken
             edits, needed = [*edits, *guess], now
         else:
+            repair.reached = reached
             apply_structure(network, before, copied=True)
     calls = call_edits(needed)
     network = apply_structure(network, calls, copied=True)
@@ -178,14 +190,18 @@ def _through(model: nn.Module, traced: Trace, removed: Tensor, at: int, what: st
     return removed.clone(), f"left in: everything, because the cut network {what}"
 
 
-def _alike(model: nn.Module, traced: Trace, at: int) -> Iterator[int]:
-    """The same step in this and all other modules of the same class: the same operation, as many of its kind before it."""
+def _alike(model: nn.Module, traced: Trace, at: int, *, around: bool = False) -> Iterator[int]:
+    """The same step in this and all other modules of the same class: the same operation, as many of its kind before it.
+
+    With ``around`` the modules that hold it are of one class, and it has the same name in them.
+    """
     kinds = {n: type(m) for n, m in model.named_modules()}
     seen: dict[tuple[str, str], int] = {}
-    places: list[tuple[type | None, str, int]] = []
+    places: list[tuple[Any, ...]] = []
     for step in traced.steps:
         n = seen[step.path, step.op] = seen.get((step.path, step.op), -1) + 1
-        places.append((kinds.get(step.path), step.op, n))
+        outer, _, own = step.path.rpartition(".")
+        places.append((kinds.get(step.path), step.op, n, *((kinds.get(outer), own) if around else ())))
     yield from (i for i, place in enumerate(places) if place == places[at])
 
 

@@ -41,6 +41,7 @@ class Repair:
 
     traced: Trace
     predict: Prediction
+    reached: int = -1
 
     @cached_property
     def steps_of(self) -> dict[int, list[Step]]:
@@ -108,7 +109,10 @@ class Repair:
                         break
 
     def needed(self, model: nn.Module) -> tuple[Needed, bool]:
-        """Run a cut network with every number put right: which had to be, and whether it ran as predicted, with none put right."""
+        """Run a cut network with every number put right: which had to be, and whether it ran as predicted, with none put right.
+
+        ``reached`` then tells how many calls it made before it went another way.
+        """
         needed: Needed = {}
         number = -1
         check = Check(self.traced, self.predict, stops=False)
@@ -141,6 +145,7 @@ class Repair:
             with Sites(before, check.off_site), check:
                 call(model, self.traced.example_inputs)  # a failure is found again when the network is held against its trace
             as_predicted = check.complete()
+        self.reached = number
         return needed, as_predicted and not needed
 
 

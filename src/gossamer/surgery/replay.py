@@ -162,7 +162,8 @@ def first_divergence(model: nn.Module, traced: Trace, removed: Tensor) -> Diverg
             if check.what:  # user code caught and wrapped it
                 return Divergence(check.at, check.what)
             reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-            return Divergence(min(check.at, len(traced.steps) - 1), reason, raised=True)
+            at = next((i for i in range(check.at, len(traced.steps)) if traced.steps[i].op not in _COPIES), len(traced.steps) - 1)
+            return Divergence(at, reason, raised=True)
     if check.what:
         return Divergence(check.at, check.what)
     if not complete:

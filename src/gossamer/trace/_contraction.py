@@ -163,6 +163,10 @@ def attention(watch: Watch, call: Call) -> list[Planes]:
     k, v = (_for_each_query(o, q) for o in rest)
     turned = Operand((*k.shape[:-2], k.shape[-1], k.shape[-2]), tuple(p.transpose(-1, -2) for p in k.planes), k.what)
     scores = Operand((*q.shape[:-1], k.shape[-2]), contract(watch, call, q, turned, False, False), "attention scores")
+    bias = next((t for t in (*call.args[3:4], *(call.kwargs.get(n) for n in ("attn_mask", "attn_bias"))) if isinstance(t, Tensor)), None)
+    if bias is not None and watch.planes(bias):  # a table of positions, with a row for each head
+        joined = join(watch.ledger, [scores, watch.operand(bias)], len(scores.shape), call.where)
+        scores = Operand(scores.shape, joined, scores.what)
     planes = contract(watch, call, scores, v, False, False)
     return [planes, *[()] * (len(call.outputs) - 1)]
 
