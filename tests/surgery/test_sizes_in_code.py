@@ -435,3 +435,19 @@ def test_an_attribute_that_equals_a_size_by_chance_stays():
     result = gs.prune(Reduced().eval(), (torch.randn(1, 6, 8),), ratio=0.5, ignore=["reduce"])
     assert (result.model.reduction, result.model.num_heads, result.model.proj.in_features) == (2, 1, 8)
     assert result.proof.holds
+
+
+def test_queries_that_are_normalised():
+    class Normalised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.out = nn.Linear(6, 24), nn.Linear(6, 24), nn.Linear(24, 3)
+
+        def forward(self, x):
+            q, k = F.normalize(self.q(x), dim=-1), self.k(x)
+            return self.out(q * k + q)
+
+    torch.manual_seed(0)
+    result = gs.prune(Normalised().eval(), (torch.randn(2, 5, 6),), ratio=0.5)
+    assert result.model.out.in_features == 12
+    assert "q" in result.proof.inexact and not [n for n in result.notes if n.startswith("left in")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isclose
 from typing import Any
@@ -101,6 +102,8 @@ class Check(TorchDispatchMode):
         if name != _ALIASES.get(step.op, step.op):
             return self._stop(f"runs {name} instead of {step.op}")
         predicted = self.predict.shapes(step)
+        if name == "expand":  # repeated to the size of something else, which is looked at where they meet
+            predicted, shapes = [_unrepeated(p, args[0].shape) for p in predicted], [_unrepeated(s, args[0].shape) for s in shapes]
         if any(p is not None and p != s for p, s in zip(predicted, shapes, strict=False)):
             return self._stop(f"gives shape {shapes[0]} where {predicted[0]} was expected")
         scalars = scalars_of(step.op, args, kwargs)
@@ -112,6 +115,14 @@ class Check(TorchDispatchMode):
         self.what = what
         if self._stops:
             raise Diverged
+
+
+def _unrepeated(shape: Any, before: Sequence[int]) -> Any:
+    """A shape with 1 along the dimensions that an expansion repeats."""
+    if shape is None:
+        return None
+    lead = len(shape) - len(before)
+    return (*(1,) * lead, *(1 if n == 1 else s for s, n in zip(shape[lead:], before, strict=True)))
 
 
 def _close(a: float, b: float) -> bool:
