@@ -114,7 +114,30 @@ def _round_activations(module: fx.GraphModule, found: Counter[str]) -> dict[fx.N
             made[back] = rounding
     for node in reversed(how):
         graph.erase_node(node)
+    _round_parts(graph, made)
     return made
+
+
+def _round_parts(graph: fx.Graph, made: dict[fx.Node, _Rounding]) -> None:
+    """Round what a concatenation joins as its result is rounded, which changes nothing: XNNPACK joins codes of one step only."""
+    for node in [n for n in graph.nodes if op_name(n) == "cat"]:
+        users = list(node.users)
+        if len(users) != 1 or users[0].target is not _decomposed("quantize_per_tensor"):
+            continue
+        rounding = _Rounding(*users[0].args[1:3])  # type: ignore[arg-type]
+        for part in [p for p in node.all_input_nodes if made.get(p, rounding) != rounding]:
+            with graph.inserting_before(node):
+                _, back = _both(graph, part, rounding)
+            node.replace_input_with(part, back)
+            made[back] = rounding
+
+
+def _both(graph: fx.Graph, x: fx.Node, rounding: _Rounding) -> tuple[fx.Node, fx.Node]:
+    how = (rounding.step, rounding.zero, -128, 127, torch.int8)
+    codes = graph.call_function(_decomposed("quantize_per_tensor"), (x, *how))
+    back = graph.call_function(_decomposed("dequantize_per_tensor"), (codes, *how))
+    codes.meta["val"], back.meta["val"] = x.meta["val"].to(torch.int8), x.meta["val"]
+    return codes, back
 
 
 def _rounding(module: fx.GraphModule, node: fx.Node) -> _Rounding | None:
