@@ -170,8 +170,8 @@ def train(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
-    format_: Annotated[str, typer.Option("--format", help="onnx.")] = "onnx",
-    out: Annotated[Path | None, typer.Option("--out", help="File to write; default: RUN/export.onnx.")] = None,
+    format_: Annotated[str, typer.Option("--format", help="onnx or executorch.")] = "onnx",
+    out: Annotated[Path | None, typer.Option("--out", help="File to write; default: RUN/export.onnx, or .pte.")] = None,
     as_json: Json = False,
 ) -> None:
     """Export a run's network again, checked against torch before the file is kept."""
@@ -181,7 +181,7 @@ def export(
     from gossamer.plan import Plan
     from gossamer.run_folder import load
 
-    path = out or run / f"export.{format_}"
+    path = out or run / f"export.{'pte' if format_ == 'executorch' else format_}"
     if path.exists():
         raise RunFolderError(f"{path} exists: name another file with --out")
     network = load(run)
@@ -193,9 +193,9 @@ def export(
 @app.command()
 def bench(
     artefacts: Annotated[
-        list[str], typer.Argument(metavar="A B ...", help="Models (also by bare names, resnet18), run folders or .onnx files.")
+        list[str], typer.Argument(metavar="A B ...", help="Models (also by bare names, resnet18), run folders, .onnx or .pte files.")
     ],
-    runtime: Annotated[str, typer.Option("--runtime", help="onnxruntime or torch.")] = "onnxruntime",
+    runtime: Annotated[str, typer.Option("--runtime", help="onnxruntime, torch or executorch.")] = "onnxruntime",
     threads: Threads = 1,
     shape: Annotated[str | None, typer.Option("--input", help="Input shape, for example 1,3,224,224.")] = None,
     seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Time to spend on each artefact.")] = 2.0,

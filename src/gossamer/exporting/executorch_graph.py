@@ -21,6 +21,7 @@ from gossamer.quantization import layer_ops, ops
 from gossamer.quantization.build import clip_range
 from gossamer.quantization.graph import CLIP, LINEAR, is_float, op_name, put_tensor, tensor_at, weighted_nodes
 from gossamer.quantization.points import source
+from gossamer.trace.capture import quiet
 
 _ROUND = torch.ops.gossamer.quantize_dequantize.default
 _BACK = torch.ops.gossamer.dequantize.default
@@ -46,8 +47,8 @@ def xnnpack_form(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     Raises:
         ExportError: it holds an operation on integers that has no form there.
     """
-    import executorch.exir.passes._quant_patterns_and_replacements  # noqa: F401  registers quantized_decomposed
-
+    with quiet():
+        import torch.ao.quantization.fx._decomposed  # noqa: F401  registers quantized_decomposed
     assert ops.limits(8, True) == (-128, 127) and layer_ops.table  # the operators are registered
     model = copy.deepcopy(model)
     found: Counter[str] = Counter()
@@ -91,7 +92,9 @@ def _round_activations(module: fx.GraphModule, found: Counter[str]) -> dict[fx.N
             rounding = _rounding(module, node)
             if rounding is None:
                 found["activations of 16 bits are float there"] += 1
-                node.replace_all_uses_with(node.args[0])
+                step, zero = (tensor_at(module, str(a.target)) for a in node.args[1:3])
+                with graph.inserting_before(node):
+                    node.replace_all_uses_with(_held(graph, node, float(step), int(zero), *node.args[3:5]))
             else:
                 how[node] = rounding
     moved = [(n, how[s]) for n in graph.nodes if n not in how and n.op == "call_function" and is_float(n) and (s := source(n)) in how]
@@ -152,10 +155,12 @@ def _rounding(module: fx.GraphModule, node: fx.Node) -> _Rounding | None:
 def _limited(graph: fx.Graph, node: fx.Node, rounding: _Rounding, value: Any) -> Any:
     """A value held to the range of codes of fewer than 8 bits."""
     low, high = (int(a) - (128 if int(node.args[3]) >= 0 else 0) for a in node.args[3:5])  # type: ignore[arg-type]
-    if (low, high) == (-128, 127):
-        return value
-    ends = tuple((bound - rounding.zero) * rounding.step for bound in (low, high))
-    held = graph.call_function(torch.ops.aten.hardtanh.default, (value, *ends))
+    return value if (low, high) == (-128, 127) else _held(graph, node, rounding.step, rounding.zero, low, high)
+
+
+def _held(graph: fx.Graph, node: fx.Node, step: float, zero: int, low: Any, high: Any) -> fx.Node:
+    """What a rounding node reads, held to the range of its codes: an activation before it may be done by that alone."""
+    held = graph.call_function(torch.ops.aten.hardtanh.default, (node.args[0], (low - zero) * step, (high - zero) * step))
     held.meta["val"] = node.meta["val"]
     return held
 

@@ -17,11 +17,15 @@ from gossamer.memory.executorch import INSTALL
 from gossamer.trace.capture import quiet
 
 
+_FLOATING = (5, 6, 7)  # float16, float32 and float64 in ExecuTorch's numbering
+
+
 class Method:
     """The ``forward`` of a ``.pte`` file, loaded.
 
     Attributes:
-        shapes: of its input tensors.
+        shapes: of its inputs.
+        floating: whether all of them are floating-point numbers.
     """
 
     def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
@@ -49,7 +53,9 @@ class Method:
         except RuntimeError as e:
             raise ExportError(f"ExecuTorch does not load the file: {_line(e)}") from None
         about = self._method.metadata
-        self.shapes = tuple(tuple(about.input_tensor_meta(i).sizes()) for i in range(about.num_inputs()))
+        infos = [about.input_tensor_meta(i) for i in range(about.num_inputs())]
+        self.shapes = tuple(tuple(i.sizes()) for i in infos)
+        self.floating = all(i.dtype() in _FLOATING for i in infos)
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Outputs of one pass, copied out; ExportError where the runtime fails."""
@@ -62,16 +68,12 @@ class Method:
 
 def load_runtime() -> Any:
     """ExecuTorch's runtime, with its kernels for integers; UsageError with the command that installs it where it is missing."""
-    if "executorch.runtime" not in sys.modules:
-        with _silent(), quiet():
-            try:
-                import executorch.runtime
-            except ImportError:
-                raise UsageError(f"ExecuTorch is not installed: {INSTALL}") from None
     with _silent(), quiet():
-        import executorch.kernels.quantized  # noqa: F401
-        from executorch.runtime import Runtime
-
+        try:
+            import executorch.kernels.quantized
+            from executorch.runtime import Runtime
+        except ImportError:
+            raise UsageError(f"ExecuTorch is not installed: {INSTALL}") from None
         return Runtime.get()
 
 

@@ -47,8 +47,11 @@ def executorch_memory(*, inplace: bool = True, **options: Any) -> Any:
     Raises:
         UsageError: ExecuTorch is not installed.
     """
+    from gossamer.trace.capture import quiet
+
     try:
-        from executorch.exir.passes import MemoryPlanningPass
+        with quiet():
+            from executorch.exir.passes import MemoryPlanningPass
     except ImportError:
         raise UsageError(f"ExecuTorch is not installed: {INSTALL}") from None
     planner = partial(plan_addresses, inplace=inplace)
