@@ -178,15 +178,11 @@ def export(
     from gossamer.cli._console import show
     from gossamer.errors import RunFolderError
     from gossamer.exporting import export as write
-    from gossamer.plan import Plan
-    from gossamer.run_folder import load
 
     path = out or run / f"export.{'pte' if format_ == 'executorch' else format_}"
     if path.exists():
         raise RunFolderError(f"{path} exists: name another file with --out")
-    network = load(run)
-    inputs = Plan.load(run / "plan.json").example_inputs()
-    exported = write(network, path, example_inputs=inputs, format=format_)
+    exported = write(run, path, format=format_)
     show(exported, as_json=as_json)
 
 

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from gossamer.errors import ExportError, UsageError
 from gossamer.exporting.executorch_graph import xnnpack_form
 from gossamer.exporting.executorch_runtime import Method, load_runtime
-from gossamer.exporting.parity import compare, fixed_batches
+from gossamer.exporting.parity import compare, fixed_batches, noise
 from gossamer.exporting.translate import is_quantized
 from gossamer.memory.executorch import executorch_memory
 from gossamer.trace.capture import export_static, quiet
@@ -63,7 +63,8 @@ def write(model: nn.Module, inputs: Any, path: Path, *, calibration: Iterable[An
     except OSError as e:
         raise UsageError(f"cannot write {path.name}: {e.strerror}") from None
     method = Method(path, threads=1)
-    agreement = compare(model, lambda leaves: method.run(_tensors(leaves)), fixed_batches(calibration, inputs))
+    batches = [*fixed_batches(calibration, inputs), noise(inputs)]
+    agreement = compare(model, lambda leaves: method.run(_tensors(leaves)), batches)
     return agreement, _latency_ms(method, _tensors(pytree.tree_leaves(inputs))), notes
 
 

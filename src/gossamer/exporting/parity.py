@@ -112,12 +112,19 @@ def other_batch(example_inputs: Any) -> Any:
     """Inputs of one sample more than the example's (random normal where floating, repeated where integer)."""
     leaves = [t for t in pytree.tree_leaves(example_inputs) if isinstance(t, Tensor) and t.dim()]
     batch = leaves[0].shape[0] if leaves else 0
-    generator = torch.Generator().manual_seed(0)
 
     def grown(x: Any) -> Any:
-        if not isinstance(x, Tensor) or not x.dim() or x.shape[0] != batch:
-            return x
-        more = torch.cat([x, x[:1]])
-        return torch.randn(more.shape, generator=generator, dtype=more.dtype) if x.is_floating_point() else more
+        return torch.cat([x, x[:1]]) if isinstance(x, Tensor) and x.dim() and x.shape[0] == batch else x
 
-    return pytree.tree_map(grown, example_inputs)
+    return noise(pytree.tree_map(grown, example_inputs))
+
+
+def noise(example_inputs: Any) -> Any:
+    """Inputs of the example's shapes: random normal where floating, the same where integer."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(x: Any) -> Any:
+        floating = isinstance(x, Tensor) and x.is_floating_point()
+        return torch.randn(x.shape, generator=generator, dtype=x.dtype) if floating else x
+
+    return pytree.tree_map(drawn, example_inputs)
