@@ -67,6 +67,7 @@ def compress(
     weights: Weights = None,
     calibration: Annotated[str | None, typer.Option("--calibration", help="Data to calibrate with; default: 512 training samples.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    executorch: Annotated[bool, typer.Option("--executorch", help="Also write model.pte and measure it in ExecuTorch.")] = False,
     resume: Resume = False,
     threads: Threads = 1,
     seed: Seed = 0,
@@ -86,6 +87,7 @@ def compress(
         "weights": weights,
         "seed": seed,
         "threads": threads,
+        "executorch": executorch,
     }
     if out is None and not dry_run:
         raise RunFolderError("name the run folder with --out, or look at the plan with --dry-run")
