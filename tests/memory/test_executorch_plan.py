@@ -21,7 +21,13 @@ class Spec:
     """What a planner sees of a tensor."""
 
     def __init__(self, shape, lifetime, *, mem_id=None, base=None, offset=0, dynamic=0, order=None):
-        self.shape, self.lifetime, self.mem_id, self.storage_base, self.storage_base_offset = list(shape), list(lifetime), mem_id, base, offset
+        self.shape, self.lifetime, self.mem_id, self.storage_base, self.storage_base_offset = (
+            list(shape),
+            list(lifetime),
+            mem_id,
+            base,
+            offset,
+        )
         self.scalar_type, self.shape_dynamism = torch.float32, dynamic
         self.dim_order = tuple(range(len(shape))) if order is None else order
         self.alignment, self.mem_offset, self.mem_obj_id = 1, None, None
@@ -41,7 +47,13 @@ def end(spec):
 def apart(specs):
     """No two that live together overlap."""
     for a, b in itertools.combinations(specs, 2):
-        if a.mem_id == b.mem_id and a.lifetime[0] <= b.lifetime[1] and b.lifetime[0] <= a.lifetime[1] and a.allocated_memory and b.allocated_memory:
+        if (
+            a.mem_id == b.mem_id
+            and a.lifetime[0] <= b.lifetime[1]
+            and b.lifetime[0] <= a.lifetime[1]
+            and a.allocated_memory
+            and b.allocated_memory
+        ):
             assert end(a) <= b.mem_offset or end(b) <= a.mem_offset
 
 
@@ -88,7 +100,9 @@ def test_tensors_that_live_together_lie_apart_and_the_buffer_is_the_bound():
 
 
 def test_an_output_lies_on_an_input_that_ends():
-    module, specs = program({"x": spec(8, 8)}, (EXP, ["x"], "a", spec(8, 8)), (EXP, ["a"], "b", spec(8, 8)), (ADD, ["b", "x"], "y", spec(8, 8)))
+    module, specs = program(
+        {"x": spec(8, 8)}, (EXP, ["x"], "a", spec(8, 8)), (EXP, ["a"], "b", spec(8, 8)), (ADD, ["b", "x"], "y", spec(8, 8))
+    )
     plan_addresses(16, specs.values(), module)
     where = {n: s.mem_offset for n, s in specs.items()}
     assert where["a"] == where["b"] == where["y"] != where["x"]  # x is read at the end

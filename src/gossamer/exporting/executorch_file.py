@@ -88,8 +88,9 @@ def _latency_ms(method: Method, inputs: list[Tensor]) -> float:
 def _outside(program: Any) -> Counter[str]:
     """Operations that no delegate runs, by name."""
     calls = (n for n in program.graph.nodes if n.op == "call_function")
-    names = (str(getattr(n.target, "__name__", n.target)).removeprefix("aten.").partition(".")[0] for n in calls)
-    return Counter(n for n in names if n not in ("executorch_call_delegate", "getitem"))
+    names = (str(getattr(n.target, "__name__", n.target)).removesuffix(".default").split(".") for n in calls)
+    named = (parts[min(1, len(parts) - 1)] for parts in names)  # aten.mean.dim, getitem
+    return Counter(n for n in named if n not in ("executorch_call_delegate", "getitem"))
 
 
 def _line(error: BaseException) -> str:

@@ -48,7 +48,7 @@ def xnnpack_form(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
         ExportError: it holds an operation on integers that has no form there.
     """
     with quiet():
-        import torch.ao.quantization.fx._decomposed  # noqa: F401  registers quantized_decomposed
+        import torch.ao.quantization.fx._decomposed
     assert ops.limits(8, True) == (-128, 127) and layer_ops.table  # the operators are registered
     model = copy.deepcopy(model)
     found: Counter[str] = Counter()
@@ -127,7 +127,7 @@ def _round_parts(graph: fx.Graph, made: dict[fx.Node, _Rounding]) -> None:
         users = list(node.users)
         if len(users) != 1 or users[0].target is not _decomposed("quantize_per_tensor"):
             continue
-        rounding = _Rounding(*users[0].args[1:3])  # type: ignore[arg-type]
+        rounding = _Rounding(*users[0].args[1:3])
         for part in [p for p in node.all_input_nodes if made.get(p, rounding) != rounding]:
             with graph.inserting_before(node):
                 _, back = _both(graph, part, rounding)
@@ -233,25 +233,26 @@ def _dynamic_linear(module: fx.GraphModule, node: fx.Node) -> None:
 
 def _by_value(module: fx.GraphModule, node: fx.Node, found: Counter[str]) -> None:
     """A table, or a linear layer with steps for groups, with float weights."""
-    graph = module.graph
-    given = [tensor_at(module, str(a.target)) if isinstance(a, fx.Node) and a.op == "get_attr" else a for a in node.args]
-    if node.target is torch.ops.gossamer.table.default:
-        w = layer_ops.table(*given[:3], torch.arange(given[0].shape[0]))  # type: ignore[arg-type]
-        name, call, arguments = node.args[0], torch.ops.aten.embedding.default, (node.args[3],)
-        found["embeddings are float there"] += 1
-    else:
-        w = layer_ops.grouped_linear(torch.eye(given[1].shape[1]), given[1], given[2], None, *given[4:]).T.contiguous()
-        name, call, arguments = node.args[1], torch.ops.aten.linear.default, ()
-        found["linear layers with steps for groups are float there"] += 1
-    constant = _constant(module, name, w)
-    with graph.inserting_before(node):
-        if call is torch.ops.aten.embedding.default:
-            made = graph.call_function(call, (constant, *arguments))
+    given: list[Any] = [_held_at(module, a) for a in node.args]
+    with module.graph.inserting_before(node):
+        if node.target is torch.ops.gossamer.table.default:
+            rows = layer_ops.table(*given[:3], torch.arange(given[0].shape[0]))
+            made = module.graph.call_function(torch.ops.aten.embedding.default, (_constant(module, node.args[0], rows), node.args[3]))
+            found["embeddings are float there"] += 1
         else:
-            made = graph.call_function(call, (node.args[0], constant, node.args[3]))
+            w = layer_ops.grouped_linear(torch.eye(given[1].shape[1]), given[1], given[2], None, *given[4:]).T.contiguous()
+            arguments = (node.args[0], _constant(module, node.args[1], w), node.args[3])
+            made = module.graph.call_function(torch.ops.aten.linear.default, arguments)
+            found["linear layers with steps for groups are float there"] += 1
     made.meta["val"] = node.meta["val"]
     node.replace_all_uses_with(made)
-    graph.erase_node(node)
+    module.graph.erase_node(node)
+
+
+def _held_at(module: fx.GraphModule, argument: Any) -> Any:
+    """The tensor that a node stands for, where it is a constant."""
+    constant = isinstance(argument, fx.Node) and argument.op == "get_attr"
+    return tensor_at(module, str(argument.target)) if constant else argument
 
 
 def _plain_clips(graph: fx.Graph) -> None:

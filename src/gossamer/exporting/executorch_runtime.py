@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from torch import Tensor
 from gossamer.errors import ExportError, UsageError
 from gossamer.memory.executorch import INSTALL
 from gossamer.trace.capture import quiet
-
 
 _FLOATING = (5, 6, 7)  # float16, float32 and float64 in ExecuTorch's numbering
 
@@ -70,7 +70,7 @@ def load_runtime() -> Any:
     """ExecuTorch's runtime, with its kernels for integers; UsageError with the command that installs it where it is missing."""
     with _silent(), quiet():
         try:
-            import executorch.kernels.quantized
+            import_module("executorch.kernels.quantized")
             from executorch.runtime import Runtime
         except ImportError:
             raise UsageError(f"ExecuTorch is not installed: {INSTALL}") from None

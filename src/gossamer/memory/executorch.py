@@ -155,6 +155,7 @@ class _Read:
 
     @classmethod
     def of(cls, node: Any) -> _Read | None:
+        """What a node reads there; None where it is no tensor."""
         if not isinstance(node, fx.Node) or not hasattr(node.meta.get("spec"), "lifetime"):
             return None
         base = node
@@ -176,11 +177,13 @@ def _schema_name(node: fx.Node) -> str:
 
 
 def _first_output(node: fx.Node) -> Any:
+    """Where an operation writes its first output; None where that is not a tensor of its own."""
     where = node.kwargs.get("out", node.kwargs.get("out0"))
     return where.meta.get("spec") if isinstance(where, fx.Node) else None
 
 
 def _static(spec: Any) -> bool:
+    """Whether the size is known before the program runs."""
     return int(spec.shape_dynamism) == 0
 
 

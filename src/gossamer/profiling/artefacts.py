@@ -72,7 +72,9 @@ class Artefact:
             return self.model
         if self.folder is not None:
             return load(self.folder)
-        raise UsageError(f"{self.name} runs in {'executorch' if self.is_pte else 'onnxruntime'} only; for torch pass a network, a Result or a run folder")
+        raise UsageError(
+            f"{self.name} runs in {'executorch' if self.is_pte else 'onnxruntime'} only; for torch pass a network, a Result or a run folder"
+        )
 
     def inputs(self) -> ExampleInputs:
         """The inputs it brings: those of a result, or zeros of a run's recorded shapes; None where it brings none."""

@@ -113,7 +113,9 @@ def side_by_side(
     if len(shown) != len(resolved):
         raise UsageError(f"{len(shown)} names for {len(resolved)} artefacts")
     with tempfile.TemporaryDirectory(prefix="gossamer-") as place:
-        ready = [thing if runtime == "torch" else a.exported(Path(place), given, runtime) for a, thing in zip(resolved, artefacts, strict=True)]
+        ready = [
+            thing if runtime == "torch" else a.exported(Path(place), given, runtime) for a, thing in zip(resolved, artefacts, strict=True)
+        ]
         timed = benchmark(*ready, example_inputs=given, runtime=runtime, threads=threads, runs=runs, seconds=seconds, names=shown)
         accuracies = []
         for i, artefact in enumerate(ready):
