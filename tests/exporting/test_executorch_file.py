@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import gossamer as gs
 from gossamer.errors import ExportError, UsageError
 from gossamer.exporting.executorch_graph import xnnpack_form
+from gossamer.exporting.parity import fixed_batches
 from gossamer.profiling import evaluate
 
 DATA = [torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(i)) for i in range(3)]
@@ -122,6 +123,16 @@ def test_an_lstm_on_integers_is_refused():
     result = gs.quantize(Tail().eval(), (torch.randn(2, 5, 4),), dynamic=True)
     with pytest.raises(ExportError, match="LSTM"):
         xnnpack_form(result.model)
+
+
+def test_data_is_cut_into_batches_of_the_size_that_a_file_takes():
+    found = fixed_batches(DATA, (DATA[0][:3],))
+    assert [x.shape[0] for (x,) in found] == [3] * 6
+    assert torch.equal(torch.cat([x for (x,) in found[:2]]), DATA[0][:6])
+    assert torch.equal(fixed_batches(None, INPUTS)[0][0], INPUTS[0])
+    named = {"x": DATA[0][:4], "scale": torch.tensor(2.0)}
+    cut = fixed_batches([{"x": DATA[1], "scale": torch.tensor(3.0)}], named)
+    assert [(d["x"].shape[0], float(d["scale"])) for d in cut] == [(4, 3.0), (4, 3.0)]
 
 
 def test_without_executorch_the_error_says_how_to_install_it(monkeypatch, tmp_path):

@@ -45,6 +45,8 @@ def test_a_run_holds_a_pte_and_says_how_it_does(tmp_path, capsys):
     assert "model.pte" in run_table(read(run))
     assert "model.pte" in (run / "README.md").read_text()
     assert "ExecuTorch" in (run / "report.html").read_text()
+    (row,) = gs.benchmark(run, runtime="executorch", runs=5).rows
+    assert row.size_bytes == found["size_bytes"]
     loaded = gs.load(run, network())
     with torch.no_grad():
         assert torch.equal(loaded(batches()[0][0]), result.model(batches()[0][0]))

@@ -7,8 +7,7 @@ from pathlib import Path
 from gossamer.flow.job import Job
 from gossamer.report.schema import Accuracy, Executorch, Latency
 from gossamer.result import Result
-
-PTE = "model.pte"
+from gossamer.run_folder import PTE
 
 
 def measure_executorch(job: Job, result: Result, folder: Path, checkpoints: Path) -> Executorch:

@@ -13,7 +13,7 @@ from torch import nn
 from gossamer.errors import RunFolderError, UsageError, near
 from gossamer.plan import Plan
 from gossamer.result import ExampleInputs, Result
-from gossamer.run_folder import ONNX, PLAN, load, save_weights
+from gossamer.run_folder import ONNX, PLAN, PTE, load, save_weights
 
 Runtime = Literal["onnxruntime", "torch", "executorch"]
 RUNTIMES: tuple[Runtime, ...] = ("onnxruntime", "torch", "executorch")
@@ -50,6 +50,8 @@ class Artefact:
         pte = runtime == "executorch"
         if self.file is not None and (self.is_pte or not pte):
             return self.file
+        if pte and self.folder is not None and (self.folder / PTE).is_file():
+            return self.folder / PTE
         if pte and self.folder is None and self.file is not None:
             raise UsageError(f"{self.name} is no .pte file: for executorch pass one, a network, a Result or a run folder")
         if self.folder is not None and not pte:
@@ -60,7 +62,7 @@ class Artefact:
             raise UsageError(f"{self.name} is exported to be measured: pass example_inputs, for example (torch.zeros(1, 3, 224, 224),)")
         from gossamer.exporting import export
 
-        network: Any = self.result or self.model or self.folder
+        network: Any = next((n for n in (self.result, self.model, self.folder) if n is not None), None)
         assert network is not None
         path = workplace / f"{len(list(workplace.iterdir()))}.{'pte' if pte else 'onnx'}"
         export(network, path, example_inputs=example_inputs)
