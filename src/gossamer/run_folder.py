@@ -21,6 +21,7 @@ from gossamer.result import Result
 from gossamer.sources.weights import load_versioned
 
 PLAN, WEIGHTS, ENVIRONMENT, ONNX, REPORT = "plan.json", "model.safetensors", "environment.json", "model.onnx", "report.json"
+PTE = "model.pte"
 
 
 def write_text(path: str | Path, text: str) -> Path:

@@ -19,7 +19,7 @@ OPTIONS = {
     "inspect": {"--input", "--weights", "--json"},
     "compress": {
         *{"--data", "--out", "--recipe", "--budget", "--weights", "--calibration"},
-        *{"--dry-run", "--resume", "--threads", "--seed", "--json"},
+        *{"--dry-run", "--executorch", "--resume", "--threads", "--seed", "--json"},
     },
     "train": {
         *{"--data", "--out", "--weights", "--epochs", "--lr", "--optimizer", "--batch-size", "--accumulate", "--precision"},

@@ -10,6 +10,8 @@ from typing import Any
 from gossamer.cli._models import inputs_for, is_run, noise, open_model, parse_shape
 from gossamer.errors import NothingToDo, SourceError, UsageError, near
 
+FILES = (".onnx", ".pte")
+
 
 @dataclass(frozen=True)
 class Contestant:
@@ -31,7 +33,7 @@ class Contestant:
 
 
 def contestants(texts: list[str], *, weights: list[str], shape: str | None) -> list[Contestant]:
-    """Open what is named: .onnx files and runs as paths, specifications and bare names of models as networks."""
+    """Open what is named: .onnx and .pte files and runs as paths, specifications and bare names of models as networks."""
     from gossamer.sources import load_model
 
     names = [full_name(t) for t in texts]
@@ -39,9 +41,9 @@ def contestants(texts: list[str], *, weights: list[str], shape: str | None) -> l
     opened = []
     for name in names:
         path = Path(name)
-        if path.suffix == ".onnx":
+        if path.suffix in FILES:
             if not path.is_file():
-                siblings = [str(p) for p in path.parent.glob("*.onnx")] if path.parent.is_dir() else []
+                siblings = [str(p) for p in path.parent.glob(f"*{path.suffix}")] if path.parent.is_dir() else []
                 raise SourceError(f"no file {path}{near(name, siblings)}")
             opened.append(Contestant(name, path))
         elif is_run(name):
@@ -58,7 +60,7 @@ def full_name(text: str) -> str:
     """A file or a folder as it is; a bare name as the model it stands for."""
     from gossamer.sources import complete
 
-    if Path(text).suffix == ".onnx" or ":" in text:
+    if Path(text).suffix in FILES or ":" in text:
         return text
     if not is_run(text):
         return complete(text)
@@ -108,7 +110,7 @@ def sparse_of(artefact: Any, *, threads: int) -> Any:
     """Sparse kernels timed on the linear layers of what is benchmarked; a file of ONNX operations has none."""
     from gossamer.profiling import sparse_kernels
 
-    if isinstance(artefact, Path) and artefact.suffix == ".onnx":
+    if isinstance(artefact, Path) and artefact.suffix in FILES:
         raise SourceError(f"--sparse-kernels needs a network, and {artefact} is a file: name a model or a run folder first")
     return sparse_kernels(open_model(str(artefact))[0] if isinstance(artefact, Path) else artefact, threads=threads)
 

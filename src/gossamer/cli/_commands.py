@@ -67,6 +67,7 @@ def compress(
     weights: Weights = None,
     calibration: Annotated[str | None, typer.Option("--calibration", help="Data to calibrate with; default: 512 training samples.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    executorch: Annotated[bool, typer.Option("--executorch", help="Also write model.pte and measure it in ExecuTorch.")] = False,
     resume: Resume = False,
     threads: Threads = 1,
     seed: Seed = 0,
@@ -86,6 +87,7 @@ def compress(
         "weights": weights,
         "seed": seed,
         "threads": threads,
+        "executorch": executorch,
     }
     if out is None and not dry_run:
         raise RunFolderError("name the run folder with --out, or look at the plan with --dry-run")
@@ -170,32 +172,28 @@ def train(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
-    format_: Annotated[str, typer.Option("--format", help="onnx.")] = "onnx",
-    out: Annotated[Path | None, typer.Option("--out", help="File to write; default: RUN/export.onnx.")] = None,
+    format_: Annotated[str, typer.Option("--format", help="onnx or executorch.")] = "onnx",
+    out: Annotated[Path | None, typer.Option("--out", help="File to write; default: RUN/export.onnx, or .pte.")] = None,
     as_json: Json = False,
 ) -> None:
     """Export a run's network again, checked against torch before the file is kept."""
     from gossamer.cli._console import show
     from gossamer.errors import RunFolderError
     from gossamer.exporting import export as write
-    from gossamer.plan import Plan
-    from gossamer.run_folder import load
 
-    path = out or run / f"export.{format_}"
+    path = out or run / f"export.{'pte' if format_ == 'executorch' else format_}"
     if path.exists():
         raise RunFolderError(f"{path} exists: name another file with --out")
-    network = load(run)
-    inputs = Plan.load(run / "plan.json").example_inputs()
-    exported = write(network, path, example_inputs=inputs, format=format_)
+    exported = write(run, path, format=format_)
     show(exported, as_json=as_json)
 
 
 @app.command()
 def bench(
     artefacts: Annotated[
-        list[str], typer.Argument(metavar="A B ...", help="Models (also by bare names, resnet18), run folders or .onnx files.")
+        list[str], typer.Argument(metavar="A B ...", help="Models (also by bare names, resnet18), run folders, .onnx or .pte files.")
     ],
-    runtime: Annotated[str, typer.Option("--runtime", help="onnxruntime or torch.")] = "onnxruntime",
+    runtime: Annotated[str, typer.Option("--runtime", help="onnxruntime, torch or executorch.")] = "onnxruntime",
     threads: Threads = 1,
     shape: Annotated[str | None, typer.Option("--input", help="Input shape, for example 1,3,224,224.")] = None,
     seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Time to spend on each artefact.")] = 2.0,

@@ -1,4 +1,4 @@
-"""Writing a network as one ONNX file that has been run, and compared, before anyone gets to see it."""
+"""Writing a network as one file that has been run, and compared, before anyone gets to see it; an ONNX file is made here."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,15 @@ from torch.utils import _pytree as pytree
 from gossamer.errors import ExportError, TraceError, UsageError, near
 from gossamer.exporting.parity import Agreement, compare, other_batch, real_batches
 from gossamer.exporting.rewrite import rewrite
-from gossamer.exporting.runtime import session
+from gossamer.exporting.runtime import run, session
 from gossamer.exporting.translate import OPSET, is_quantized, to_onnx
 from gossamer.result import Result
 from gossamer.sources.batches import call, check_inputs
 from gossamer.trace.capture import export_program
 
-FORMATS = ("onnx",)
+FORMATS = ("onnx", "executorch")
 """What `export` can write."""
+_RUNTIME = {"onnxruntime": "ONNX Runtime", "executorch": "ExecuTorch"}
 _LARGEST = 2**31 - 1  # bytes of one protobuf message
 
 
@@ -37,21 +39,25 @@ class Export:
     Attributes:
         path: the file; an `Export` can be used as a path itself.
         size_bytes: of the file, and of the weights beside it where there are some.
-        opset: ONNX operator set.
+        opset: ONNX operator set; None where the file is none of ONNX.
         difference: largest relative difference ``max|torch - file| / max|torch|`` over all outputs compared.
         sqnr_db: of the file against the torch simulation, in decibels; None for a float network.
         top1_agreement: share of samples with the same largest output, 0 to 1; None for a float network or where no output is a
             row of scores.
         notes: one line for each thing worth knowing.
+        runtime: where it was run: ``"onnxruntime"`` or ``"executorch"``.
+        latency_ms: median on one thread, of an ExecuTorch file; `gossamer.benchmark` times files side by side.
     """
 
     path: Path
     size_bytes: int
-    opset: int
+    opset: int | None
     difference: float
     sqnr_db: float | None = None
     top1_agreement: float | None = None
     notes: tuple[str, ...] = ()
+    runtime: str = "onnxruntime"
+    latency_ms: float | None = None
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -62,7 +68,9 @@ class Export:
         else:
             agreement = f"{self.sqnr_db:.1f} dB against the simulation"
             agreement += "" if self.top1_agreement is None else f", top-1 agreement {100 * self.top1_agreement:.1f}%"
-        return f"{self.path}: {self.size_bytes} bytes, opset {self.opset}, {agreement} in ONNX Runtime"
+        kind = "" if self.opset is None else f"opset {self.opset}, "
+        text = f"{self.path}: {self.size_bytes} bytes, {kind}{agreement} in {_RUNTIME[self.runtime]}"
+        return text if self.latency_ms is None else f"{text}, {self.latency_ms:.3g} ms on one thread"
 
 
 def export(
@@ -70,11 +78,11 @@ def export(
     path: str | os.PathLike[str],
     *,
     example_inputs: Any = None,
-    format: str = "onnx",
+    format: str | None = None,
     calibration: Iterable[Any] | None = None,
     parity: float = 1e-4,
 ) -> Export:
-    """Write a network as one ONNX file, run it in ONNX Runtime and compare it with the torch network.
+    """Write a network as one file, run it in the runtime it is for and compare it with the torch network.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
@@ -88,8 +96,9 @@ def export(
         result_or_model: a `Result`, a network (exported in eval mode), or a run folder.
         path: the file to write; replaced only by a file that was run and agrees.
         example_inputs: a tuple of positional inputs or a dict of keyword inputs; a `Result` and a run folder bring theirs.
-            Dimension 0 becomes dynamic. One input is called ``input``, several by the names of forward's parameters.
-        format: ``"onnx"``.
+            In ONNX, dimension 0 becomes dynamic, one input is called ``input``, several by the names of forward's parameters. An ExecuTorch
+            file takes the shapes of the example inputs and no others.
+        format: ``"onnx"`` or ``"executorch"`` (needs the extra ``gossamer[executorch]``); None goes by the name: a ``.pte`` is ExecuTorch's.
         calibration: batches to compare on besides; the first 64 samples are used. A quantised network is better judged on real data.
         parity: largest relative difference allowed for a float network.
 
@@ -101,12 +110,15 @@ def export(
         ExportError: the network cannot be exported, or the file does not run or does not agree; no file is left.
         TraceError: the network's forward pass fails on the example inputs.
     """
+    if format is None:
+        format = "executorch" if Path(path).suffix == ".pte" else "onnx"
     if format not in FORMATS:
         raise UsageError(f"unknown export format {format!r}, known are {', '.join(FORMATS)}{near(str(format), FORMATS)}")
+    if format == "executorch":
+        return _executorch(result_or_model, Path(path), example_inputs, calibration, parity)
     model, inputs = _open(result_or_model, example_inputs)
     target = Path(path)
-    if target.is_dir():
-        raise UsageError(f"{target} is a folder: name a file, for example {target / 'model.onnx'}")
+    _check_target(target, "model.onnx")
     program = export_program(model, inputs)
     input_names, output_names = _input_names(model, inputs), _output_names(model, inputs)
     tensors = [n for n, x in zip(input_names, pytree.tree_leaves(inputs), strict=True) if isinstance(x, Tensor)]
@@ -118,12 +130,37 @@ def export(
     batches = [*real_batches(calibration, inputs), *([other_batch(inputs)] if program.dynamic else [])]
     with _beside(target) as temporary:
         _save(written, temporary)
-        agreement = compare(model, session(temporary), input_names, batches)
+        agreement = compare(model, partial(_in_onnxruntime, session(temporary), input_names), batches)
         notes = (*program.notes, *_judge(agreement, quantized, parity))
         files = _publish(temporary, target)
     if not quantized:
         return Export(target, files, OPSET, agreement.difference, notes=notes)
     return Export(target, files, OPSET, agreement.difference, agreement.sqnr_db, agreement.top1, notes)
+
+
+def _executorch(source: Any, target: Path, example_inputs: Any, calibration: Iterable[Any] | None, parity: float) -> Export:
+    from gossamer.exporting.executorch_file import write
+    from gossamer.exporting.executorch_runtime import load_runtime
+
+    load_runtime()
+    _check_target(target, "model.pte")
+    model, inputs = _open(source, example_inputs)
+    quantized = is_quantized(model)
+    with _beside(target) as temporary:
+        agreement, latency_ms, notes = write(model, inputs, temporary, calibration=calibration)
+        notes = (*notes, *_judge(agreement, quantized, parity, "executorch"))
+        size = _publish(temporary, target)
+    sqnr, top1 = (agreement.sqnr_db, agreement.top1) if quantized else (None, None)
+    return Export(target, size, None, agreement.difference, sqnr, top1, notes, "executorch", latency_ms)
+
+
+def _check_target(target: Path, name: str) -> None:
+    if target.is_dir():
+        raise UsageError(f"{target} is a folder: name a file, for example {target / name}")
+
+
+def _in_onnxruntime(running: Any, names: list[str], leaves: list[Any]) -> list[Any]:
+    return run(running, {n: x.numpy() for n, x in zip(names, leaves, strict=True) if isinstance(x, Tensor)})
 
 
 def _open(source: Any, example_inputs: Any) -> tuple[nn.Module, Any]:
@@ -192,11 +229,13 @@ def _cause(error: BaseException) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
-def _judge(agreement: Agreement, quantized: bool, parity: float) -> tuple[str, ...]:
+def _judge(agreement: Agreement, quantized: bool, parity: float, runtime: str = "onnxruntime") -> tuple[str, ...]:
     if not quantized:
         if not agreement.difference <= parity:
             raise ExportError(f"the file differs from the network by {agreement.difference:.1e}, more than {parity:.0e}; it was removed")
         return ()
+    if not agreement.sqnr_db > 3 and runtime == "executorch":
+        raise ExportError(f"ExecuTorch gives something else than the quantised network ({agreement.sqnr_db:.1f} dB); the file was removed")
     if not agreement.sqnr_db > 3:
         raise ExportError(
             f"ONNX Runtime gives something else than the quantised network ({agreement.sqnr_db:.1f} dB): its int8 kernels saturate on "
@@ -204,7 +243,7 @@ def _judge(agreement: Agreement, quantized: bool, parity: float) -> tuple[str, .
         )
     if agreement.sqnr_db < 12:
         return (
-            f"ONNX Runtime's integer kernels are {agreement.sqnr_db:.1f} dB from the simulation on this CPU: judge the file, not the network",
+            f"{_RUNTIME[runtime]}'s integer kernels are {agreement.sqnr_db:.1f} dB from the simulation on this CPU: judge the file, not the network",
         )
     return ()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from gossamer.errors import ExportError
-from gossamer.exporting.runtime import run
 from gossamer.sources.batches import call, outputs, split
 
 _SAMPLES = 64  # of the calibration data, at most
@@ -36,13 +35,12 @@ class Agreement:
     samples: int
 
 
-def compare(model: nn.Module, session: Any, names: Sequence[str], batches: Iterable[Any]) -> Agreement:
-    """Run ``model`` and a session of its file on the same batches.
+def compare(model: nn.Module, execute: Callable[[list[Any]], list[Any]], batches: Iterable[Any]) -> Agreement:
+    """Run ``model`` and its file on the same batches.
 
     Args:
         model: in eval mode, on the CPU.
-        session: of the exported file.
-        names: the file's input names, in the order of the flat inputs.
+        execute: runs the file: takes the flat inputs, returns all outputs, tensors or arrays.
         batches: inputs as `gossamer.sources.batches.call` takes them.
 
     Raises:
@@ -53,9 +51,7 @@ def compare(model: nn.Module, session: Any, names: Sequence[str], batches: Itera
     for inputs in batches:
         with torch.no_grad():
             ours = [t.detach() for t in outputs(call(model, inputs))]
-        leaves = pytree.tree_leaves(inputs)
-        feeds = {n: x.numpy() for n, x in zip(names, leaves, strict=True) if isinstance(x, Tensor)}
-        theirs = [torch.from_numpy(np.asarray(o)) for o in run(session, feeds)]
+        theirs = [torch.from_numpy(np.asarray(o)) for o in execute(pytree.tree_leaves(inputs))]
         samples += next((t.shape[0] for t in ours if t.dim()), 1)
         for a, b in zip(ours, theirs, strict=True):
             if a.shape != b.shape:
@@ -96,16 +92,39 @@ def real_batches(calibration: Iterable[Any] | None, example_inputs: Any) -> list
     return kept or [example_inputs]
 
 
+def fixed_batches(calibration: Iterable[Any] | None, example_inputs: Any) -> list[Any]:
+    """The same inputs cut into batches of the example's size, for a file that takes no other; what is left over is not used."""
+    size = next((t.shape[0] for t in pytree.tree_leaves(example_inputs) if isinstance(t, Tensor) and t.dim()), None)
+    if not size:
+        return [example_inputs]
+    cut: list[Any] = []
+    for batch in real_batches(calibration, example_inputs):
+        whole = next(t.shape[0] for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.dim())
+
+        def part(x: Any, first: int, whole: int = whole) -> Any:
+            return x[first : first + size] if isinstance(x, Tensor) and x.dim() and x.shape[0] == whole else x
+
+        cut += [pytree.tree_map(lambda x, i=i, part=part: part(x, i), batch) for i in range(0, whole - size + 1, size)]
+    return cut[: max(1, _SAMPLES // size)] or [example_inputs]
+
+
 def other_batch(example_inputs: Any) -> Any:
     """Inputs of one sample more than the example's (random normal where floating, repeated where integer)."""
     leaves = [t for t in pytree.tree_leaves(example_inputs) if isinstance(t, Tensor) and t.dim()]
     batch = leaves[0].shape[0] if leaves else 0
-    generator = torch.Generator().manual_seed(0)
 
     def grown(x: Any) -> Any:
-        if not isinstance(x, Tensor) or not x.dim() or x.shape[0] != batch:
-            return x
-        more = torch.cat([x, x[:1]])
-        return torch.randn(more.shape, generator=generator, dtype=more.dtype) if x.is_floating_point() else more
+        return torch.cat([x, x[:1]]) if isinstance(x, Tensor) and x.dim() and x.shape[0] == batch else x
 
-    return pytree.tree_map(grown, example_inputs)
+    return noise(pytree.tree_map(grown, example_inputs))
+
+
+def noise(example_inputs: Any) -> Any:
+    """Inputs of the example's shapes: random normal where floating, the same where integer."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(x: Any) -> Any:
+        floating = isinstance(x, Tensor) and x.is_floating_point()
+        return torch.randn(x.shape, generator=generator, dtype=x.dtype) if floating else x
+
+    return pytree.tree_map(drawn, example_inputs)

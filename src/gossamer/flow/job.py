@@ -35,6 +35,7 @@ class Job:
         data_name: for the report.
         warnings: what the user must know before reading any figure.
         preprocessing: in words, what images go through; None where it is not known.
+        executorch: whether a ``.pte`` file is wanted, too.
     """
 
     model: nn.Module
@@ -50,6 +51,7 @@ class Job:
     threads: int
     warnings: tuple[str, ...]
     preprocessing: str | None = None
+    executorch: bool = False
 
     def recipe_name(self) -> str:
         """The recipe as one line."""
@@ -82,8 +84,13 @@ def resolve(
     weights: str | Path | None = None,
     seed: int = 0,
     threads: int = 1,
+    executorch: bool = False,
 ) -> Job:
     """Turn what the caller gave into a `Job`, or say in one line what is wrong with it."""
+    if executorch:
+        from gossamer.exporting.executorch_runtime import load_runtime
+
+        load_runtime()
     loaded = load_model(model, weights=weights) if isinstance(model, str) else model
     if not isinstance(loaded, LoadedModel | nn.Module):
         raise SourceError(
@@ -132,6 +139,7 @@ def resolve(
         threads=threads,
         warnings=tuple(warnings),
         preprocessing=" ".join(str(transform).split()) if transform is not None else None,
+        executorch=executorch,
     )
 
 

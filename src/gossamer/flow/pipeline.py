@@ -38,6 +38,7 @@ def compress(
     example_inputs: ExampleInputs = None,
     weights: str | Path | None = None,
     threads: int = 1,
+    executorch: bool = False,
     resume: bool = False,
     progress: Progress | None = None,
 ) -> Result:
@@ -63,6 +64,7 @@ def compress(
         example_inputs: a tuple of inputs (a dict of keyword inputs) with batch 1; default: the first sample of ``data``.
         weights: state dict to load where ``model`` is a specification.
         threads: of ONNX Runtime when latency is measured.
+        executorch: also write ``model.pte`` and measure it in ExecuTorch (needs the extra ``gossamer[executorch]``).
         resume: continue an interrupted run in ``out``; it ends in the same artefact.
         progress: called with stage, done, total.
 
@@ -83,6 +85,7 @@ def compress(
         weights=weights,
         seed=seed,
         threads=threads,
+        executorch=executorch,
     )
     with _workplace(out, resume=resume) as folder:
         return _run(job, folder, progress)
@@ -126,6 +129,10 @@ def _run(job: Job, folder: Path, progress: Progress | None) -> Result:
         assert impossible is not None
         raise impossible
     best = min(tried, key=lambda c: violation(c.report))
+    if job.executorch:
+        from gossamer.flow.executorch import measure_executorch
+
+        best.report.executorch = measure_executorch(job, best.result, folder, folder / "checkpoints")
     _publish(best, folder)
     missed = [t for t in best.report.budget if not t.met]
     if missed:
@@ -254,6 +261,8 @@ def _finished(job: Job, folder: Path) -> Result | None:
     from gossamer.report import read
 
     report = read(folder)
+    if job.executorch and report.executorch is None:
+        return None
     plan = Plan.load(folder / "plan.json")
     network = load_weights(plan.apply(job.model, values=False), folder / "model.safetensors").eval()
     before = _profile(job)[0]

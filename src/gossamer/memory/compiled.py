@@ -78,6 +78,7 @@ class ArenaModule(nn.Module):
         return sum(map(len, self._pool.values()))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The network's outputs for inputs of a planned or new batch size."""
         return self._run(args, kwargs, "run")
 
     def run_poisoned(self, *args: Any, **kwargs: Any) -> Any:
@@ -85,6 +86,7 @@ class ArenaModule(nn.Module):
         return self._run(args, kwargs, "run_poisoned")
 
     def _run(self, args: Any, kwargs: Any, how: str) -> Any:
+        """One call in an arena from the pool, which takes it back; ``how`` is the arena's method."""
         values = self.plan.leaves(args, kwargs)
         signature = tuple(tuple(v.shape) if isinstance(v, Tensor) else v for v in values)
         with self._lock:
@@ -99,6 +101,7 @@ class ArenaModule(nn.Module):
         return pytree.tree_unflatten(found, self.plan.output_spec)
 
     def _new(self, signature: Any, values: list[Any]) -> Arena:
+        """An arena for inputs of these shapes, planned where they are new."""
         with self._lock:
             plan = self._plans.get(signature)
         if plan is None:
@@ -108,6 +111,7 @@ class ArenaModule(nn.Module):
         return Arena(plan)
 
     def train(self, mode: bool = True) -> ArenaModule:
+        """Refused: there are no gradients in an arena."""
         if mode:
             raise UsageError("a network compiled into an arena only infers: train the original")
         return super().train(mode)

@@ -181,6 +181,7 @@ def best_order(program: Program, *, inplace: bool = True, alignment: int = 64) -
 
 
 def _peak(memory: _Memory, order: Sequence[int]) -> int:
+    """Bytes that live together at the worst moment of an order."""
     mask, live, worst = 0, memory.start, memory.start
     for i in order:
         during, live = memory.run(mask, live, i)

@@ -84,6 +84,8 @@ def parse_bytes(budget: int | str | None) -> int | None:
 
 @dataclass(frozen=True)
 class _Candidate:
+    """A stage and a grid, the arena they need and the multiply-adds they add."""
+
     stage: Stage
     grid: tuple[int, int]
     arena: int

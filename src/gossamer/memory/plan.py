@@ -227,6 +227,7 @@ def plan_memory(
 
 
 def _plan(source: _Source, values: list[Any]) -> MemoryPlan:
+    """Plan a captured graph for inputs of these sizes: steps, order, addresses, patches."""
     from gossamer.memory.patches import patched
 
     program, naive = build(source.graph, values, inplace=source.inplace)
@@ -267,6 +268,7 @@ def _plan(source: _Source, values: list[Any]) -> MemoryPlan:
 
 
 def _packed(program: Program) -> Program:
+    """The program, stages in patches included, with convolutions' weights as their kernels want them."""
     steps = []
     for step in program.steps:
         if step.kernel == "patches":
@@ -277,6 +279,7 @@ def _packed(program: Program) -> Program:
 
 
 def _outside(program: Program) -> dict[str, int]:
+    """The most bytes that each step takes beside the arena, by its name."""
     found: dict[str, int] = {}
     for step in program.steps:
         if step.outside:
@@ -286,5 +289,6 @@ def _outside(program: Program) -> dict[str, int]:
 
 
 def _placed(program: Program, inplace: bool) -> tuple[list[Life], Placement]:
+    """Lifetimes in a program's order, and their addresses."""
     found = lives(program, inplace=inplace, alignment=ALIGNMENT)
     return found, place(found, peak(found, len(program.steps)))

@@ -114,6 +114,7 @@ def stages(program: Program) -> Iterator[Stage]:
 
 
 def _whole(view: View, program: Program) -> bool:
+    """Whether a view is all of its buffer, as a channels-last image."""
     return view.offset == 0 and view.bytes == program.sizes[view.buffer] and view.stride == channels_last_strides(view.shape)
 
 
@@ -224,6 +225,7 @@ def _windowed(
 
 
 def _dense(buffer: int, shape: tuple[int, ...], dtype: torch.dtype) -> View:
+    """All of a buffer, as a channels-last image."""
     return View(buffer, shape, channels_last_strides(shape), 0, dtype)
 
 

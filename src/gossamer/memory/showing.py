@@ -73,6 +73,7 @@ def as_json(plan: MemoryPlan) -> dict[str, Any]:
 
 
 def _view(value: Any, plan: MemoryPlan) -> dict[str, Any]:
+    """A view, or a constant, as plain data."""
     if isinstance(value, Tensor):
         return {"constant": True, "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
     assert isinstance(value, View)
@@ -129,6 +130,7 @@ def _label(life: Life, plan: MemoryPlan) -> str:
 
 
 def _writers(plan: MemoryPlan) -> Mapping[int, str]:
+    """The step that first writes each buffer, by name; inputs are ``"input"``."""
     named = {v.buffer: "input" for v in plan.program.inputs if v is not None}
     for step in plan.program.steps:
         for w in step.writes:

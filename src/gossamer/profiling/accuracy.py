@@ -123,11 +123,11 @@ def evaluate(
         2
 
     Args:
-        artefact: an ``.onnx`` file, a run folder, a network or a `Result`.
+        artefact: an ``.onnx`` or ``.pte`` file, a run folder, a network or a `Result`.
         batches: inputs followed by labels, int of shape ``(N,)``; inputs alone give agreement without accuracy. Read once.
         reference: the original, of the same kinds.
-        runtime: None runs files and run folders in ONNX Runtime and networks in torch; ``"onnxruntime"`` exports networks first,
-            ``"torch"`` loads run folders.
+        runtime: None runs files and run folders in ONNX Runtime and networks in torch; ``"onnxruntime"`` and ``"executorch"``
+            export networks first, ``"torch"`` loads run folders. A ``.pte`` file always runs in ExecuTorch.
         threads: for each operator; None for every core.
         example_inputs: tells inputs from labels, and is what a network is exported with; needed only for networks with several inputs.
         progress: called with batches done and their number (0 where that is not known).
@@ -235,28 +235,38 @@ def _labels(target: Any, logits: Array, first: int, name: str) -> Array:
 
 
 class _Runner:
-    """An artefact ready to give logits, in ONNX Runtime or in torch."""
+    """An artefact ready to give logits, in ONNX Runtime, ExecuTorch or torch."""
 
     def __init__(
         self, artefact: Artefact, runtime: str | None, threads: int, example_inputs: ExampleInputs, place: Path, stack: ExitStack
     ) -> None:
         in_memory = artefact.model is not None
-        self.runtime = runtime or ("torch" if in_memory else "onnxruntime")
+        self.runtime = "executorch" if artefact.is_pte else runtime or ("torch" if in_memory else "onnxruntime")
         self.name = artefact.name
         inputs = example_inputs if example_inputs is not None else artefact.example_inputs
         self.module: nn.Module | None = None
         if self.runtime == "torch":
             self.module = stack.enter_context(evaluating(artefact.module()))
             self.takes = inputs if inputs is not None else artefact.inputs() or range(_positional(self.module))
+        elif self.runtime == "executorch":
+            from gossamer.profiling.executorch import opened
+
+            self.method = opened(artefact.exported(place, inputs, self.runtime), threads, name=self.name)
+            self.takes = range(len(self.method.method.shapes))
         else:
-            self.session = session(artefact.onnx(place, inputs), threads)
+            self.session = session(artefact.exported(place, inputs, self.runtime), threads)
             self.takes = range(len(self.session.get_inputs()))
 
     def split(self, raw: Any) -> Batch:
         return split(raw, self.takes)
 
     def logits(self, batch: Batch) -> Array:
-        logits = self._in_torch(batch) if self.module is not None else run_onnx(self.session, batch, name=self.name)[0]
+        if self.module is not None:
+            logits = self._in_torch(batch)
+        elif self.runtime == "executorch":
+            logits = self.method.logits(batch)
+        else:
+            logits = run_onnx(self.session, batch, name=self.name)[0]
         if np.isnan(logits).any():
             at = int(np.isnan(logits.reshape(len(logits), -1)).any(1).argmax())
             raise UsageError(f"{self.name} gives NaN for item {at} of a batch of {len(logits)}: are the inputs or the weights NaN?")

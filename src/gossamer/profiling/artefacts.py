@@ -1,4 +1,4 @@
-"""What can be measured: ``.onnx`` files, run folders, networks and results, each opened as what a runtime takes."""
+"""What can be measured: ``.onnx`` and ``.pte`` files, run folders, networks and results, each opened as what a runtime takes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import nn
 from gossamer.errors import RunFolderError, UsageError, near
 from gossamer.plan import Plan
 from gossamer.result import ExampleInputs, Result
-from gossamer.run_folder import ONNX, PLAN, load, save_weights
+from gossamer.run_folder import ONNX, PLAN, PTE, load, save_weights
 
-Runtime = Literal["onnxruntime", "torch"]
-RUNTIMES: tuple[Runtime, ...] = ("onnxruntime", "torch")
+Runtime = Literal["onnxruntime", "torch", "executorch"]
+RUNTIMES: tuple[Runtime, ...] = ("onnxruntime", "torch", "executorch")
 """Where an artefact can be run."""
 
 
@@ -26,7 +26,7 @@ class Artefact:
 
     Attributes:
         name: for tables.
-        file: its ``.onnx`` file, where there is one.
+        file: its ``.onnx`` or ``.pte`` file, where there is one.
         folder: its run folder, where it is one.
         model: its network, where it is in memory.
         result: the `Result` that holds the network, where there is one.
@@ -40,19 +40,31 @@ class Artefact:
     result: Result | None = None
     example_inputs: ExampleInputs = None
 
-    def onnx(self, workplace: Path, example_inputs: ExampleInputs) -> Path:
-        """Its ``.onnx`` file; a network in memory is exported into ``workplace`` first."""
-        if self.file is not None:
+    @property
+    def is_pte(self) -> bool:
+        """Whether it is a file for ExecuTorch."""
+        return self.file is not None and self.file.suffix == ".pte"
+
+    def exported(self, workplace: Path, example_inputs: ExampleInputs, runtime: str) -> Path:
+        """Its file for a runtime; a network in memory is exported into ``workplace`` first, and for ExecuTorch that of a run folder too."""
+        pte = runtime == "executorch"
+        if self.file is not None and (self.is_pte or not pte):
             return self.file
-        if self.folder is not None:
+        if pte and self.folder is not None and (self.folder / PTE).is_file():
+            return self.folder / PTE
+        if pte and self.folder is None and self.file is not None:
+            raise UsageError(f"{self.name} is no .pte file: for executorch pass one, a network, a Result or a run folder")
+        if self.folder is not None and not pte:
             raise RunFolderError(f"{self.folder} holds no {ONNX}: is the run finished?")
+        if example_inputs is None and self.folder is not None:
+            example_inputs = self.inputs()
         if example_inputs is None:
             raise UsageError(f"{self.name} is exported to be measured: pass example_inputs, for example (torch.zeros(1, 3, 224, 224),)")
         from gossamer.exporting import export
 
-        network = self.result if self.result is not None else self.model
+        network: Any = next((n for n in (self.result, self.model, self.folder) if n is not None), None)
         assert network is not None
-        path = workplace / f"{len(list(workplace.iterdir()))}.onnx"
+        path = workplace / f"{len(list(workplace.iterdir()))}.{'pte' if pte else 'onnx'}"
         export(network, path, example_inputs=example_inputs)
         return path
 
@@ -62,7 +74,9 @@ class Artefact:
             return self.model
         if self.folder is not None:
             return load(self.folder)
-        raise UsageError(f"{self.name} runs in onnxruntime only; for torch pass a network, a Result or a run folder")
+        raise UsageError(
+            f"{self.name} runs in {'executorch' if self.is_pte else 'onnxruntime'} only; for torch pass a network, a Result or a run folder"
+        )
 
     def inputs(self) -> ExampleInputs:
         """The inputs it brings: those of a result, or zeros of a run's recorded shapes; None where it brings none."""
@@ -75,7 +89,7 @@ def resolve(thing: Any) -> Artefact:
     """Find out what an artefact is, without opening it.
 
     Args:
-        thing: the path of an ``.onnx`` file or of a run folder, a network, a `Result`, or an `Export`.
+        thing: the path of an ``.onnx`` or ``.pte`` file or of a run folder, a network, a `Result`, or an `Export`.
 
     Raises:
         UsageError: it is none of these, or the path does not exist.
@@ -85,7 +99,7 @@ def resolve(thing: Any) -> Artefact:
     if isinstance(thing, nn.Module):
         return Artefact(type(thing).__name__, model=thing)
     if not isinstance(thing, str | os.PathLike):
-        raise UsageError(f"an artefact is an .onnx file, a run folder, a torch.nn.Module or a Result, not {type(thing).__name__}")
+        raise UsageError(f"an artefact is an .onnx or .pte file, a run folder, a torch.nn.Module or a Result, not {type(thing).__name__}")
     path = Path(os.fspath(thing))
     name = str(path) if not path.is_absolute() else str(Path(*path.parts[-2:]))
     if path.is_dir():

@@ -66,8 +66,8 @@ class Benchmark:
 
     Attributes:
         rows: one `Timing` for each artefact, in the order given.
-        runtime: ``"onnxruntime"`` or ``"torch"``.
-        runtime_version: its version.
+        runtime: ``"onnxruntime"``, ``"torch"`` or ``"executorch"``; both where files of two runtimes are timed side by side.
+        runtime_version: its version, or versions.
         threads: for each operator.
         batch: size of the batch.
         inputs: shape of each input.
@@ -105,7 +105,7 @@ def benchmark(
     """Time artefacts side by side in the runtime they ship to.
 
     Each round runs every artefact once, in shuffled order; ratios are those of runs of the same round. In ONNX Runtime: CPU, all graph
-    optimisations, one operator at a time.
+    optimisations, one operator at a time. A ``.pte`` file runs in ExecuTorch whatever the runtime, so that it can be timed beside an ``.onnx``.
 
     Example:
         >>> import torch, gossamer as gs
@@ -115,11 +115,11 @@ def benchmark(
         ('Linear', 1.0, 20)
 
     Args:
-        artefacts: ``.onnx`` files, run folders, networks, `Result`s or `Export`s. The first is what the others are compared with.
-            Networks are exported to a temporary file (runtime ``"onnxruntime"``) or run as they are (``"torch"``); neither changes them.
+        artefacts: ``.onnx`` and ``.pte`` files, run folders, networks, `Result`s or `Export`s. The first is what the others are compared with.
+            Networks are exported to a temporary file (runtimes ``"onnxruntime"`` and ``"executorch"``) or run as they are (``"torch"``).
         example_inputs: a tuple of inputs (a dict for keyword inputs). Default: those of the first `Result` or run folder, else
             random ones of the shapes that the first file declares, batch 1.
-        runtime: ``"onnxruntime"`` or ``"torch"``.
+        runtime: ``"onnxruntime"``, ``"torch"`` or ``"executorch"``.
         threads: for each operator, at least 1.
         runs: rounds; None for as many as fit in ``seconds``.
         warmup: untimed rounds.
@@ -148,13 +148,14 @@ def benchmark(
             stack.enter_context(torch_threads(threads))
             opened = [_in_torch(a, batch, workplace, stack) for a in resolved]
         else:
-            opened = [_in_onnxruntime(a, inputs, batch, threads, workplace) for a in resolved]
+            opened = [_in_file(a, inputs, batch, threads, workplace, runtime) for a in resolved]
         times = time_interleaved([run for run, _ in opened], runs=runs, seconds=seconds, warmup=warmup)
     shapes = tuple(tuple(int(d) for d in as_array(v).shape) for v in (batch.args or tuple(batch.kwargs.values())))
+    ran = [runtime] if runtime == "torch" else sorted({"executorch" if a.is_pte else runtime for a in resolved}, reverse=True)
     return Benchmark(
         rows=summarise(list(names) if names is not None else unique([a.name for a in resolved]), [size for _, size in opened], times),
-        runtime=runtime,
-        runtime_version=version(runtime),
+        runtime=", ".join(ran),
+        runtime_version=", ".join(map(version, ran)),
         threads=threads,
         batch=shapes[0][0] if shapes and shapes[0] else 1,
         inputs=shapes,
@@ -248,6 +249,10 @@ def brought_inputs(artefacts: Sequence[Artefact], example_inputs: ExampleInputs)
         if brought is not None:
             return brought
     for artefact in artefacts:
+        if artefact.is_pte:
+            from gossamer.profiling.executorch import opened
+
+            return opened(artefact.file, 1, name=artefact.name).random_inputs()
         if artefact.file is not None:
             return random_inputs(session(artefact.file, 1))
     raise UsageError(f"{artefacts[0].name} brings no inputs: pass example_inputs, for example (torch.zeros(1, 3, 224, 224),)")
@@ -256,8 +261,14 @@ def brought_inputs(artefacts: Sequence[Artefact], example_inputs: ExampleInputs)
 Opened = tuple[Callable[[], object], int]
 
 
-def _in_onnxruntime(artefact: Artefact, inputs: ExampleInputs, batch: Batch, threads: int, workplace: Path) -> Opened:
-    path = artefact.onnx(workplace, inputs)
+def _in_file(artefact: Artefact, inputs: ExampleInputs, batch: Batch, threads: int, workplace: Path, runtime: str) -> Opened:
+    path = artefact.exported(workplace, inputs, runtime)
+    if path.suffix == ".pte":
+        from gossamer.profiling.executorch import opened
+
+        method = opened(path, threads, name=artefact.name)
+        fixed = method.checked(batch)
+        return (lambda: method.method.run(fixed)), path.stat().st_size
     loaded = session(path, threads)
     fed = feed(loaded, batch, name=artefact.name)
     return (lambda: loaded.run(None, fed)), disk_bytes(path)

@@ -90,7 +90,7 @@ def side_by_side(
         example_inputs: as of `benchmark`.
         data: batches of inputs and labels, read once for each artefact; or a function that takes the artefact's number and returns its
             batches, None for an artefact that is not to be evaluated.
-        runtime: ``"onnxruntime"`` or ``"torch"``.
+        runtime: as of `benchmark`.
         threads: for each operator, at least 1.
         runs: rounds; None for as many as fit in ``seconds`` for each artefact.
         seconds: time for each artefact.
@@ -113,7 +113,9 @@ def side_by_side(
     if len(shown) != len(resolved):
         raise UsageError(f"{len(shown)} names for {len(resolved)} artefacts")
     with tempfile.TemporaryDirectory(prefix="gossamer-") as place:
-        ready = [a.onnx(Path(place), given) if runtime == "onnxruntime" else thing for a, thing in zip(resolved, artefacts, strict=True)]
+        ready = [
+            thing if runtime == "torch" else a.exported(Path(place), given, runtime) for a, thing in zip(resolved, artefacts, strict=True)
+        ]
         timed = benchmark(*ready, example_inputs=given, runtime=runtime, threads=threads, runs=runs, seconds=seconds, names=shown)
         accuracies = []
         for i, artefact in enumerate(ready):
@@ -134,7 +136,7 @@ def side_by_side(
 def _costs(artefact: Artefact, inputs: ExampleInputs) -> tuple[Profile | None, str]:
     """What its network costs, or None and the reason."""
     if artefact.model is None and artefact.folder is None:
-        return None, "a file of ONNX operations"
+        return None, "a file of ONNX operations" if not artefact.is_pte else "a file for ExecuTorch"
     try:
         return profile(artefact.module(), inputs), ""
     except GossamerError as e:

@@ -8,7 +8,7 @@ import yaml
 
 from gossamer.report.html import environment
 from gossamer.report.schema import Report, StepReport
-from gossamer.report.text import agreement, comparison, stored
+from gossamer.report.text import agreement, comparison, in_executorch, stored
 from gossamer.report.verdict import verdict
 
 
@@ -30,6 +30,7 @@ def model_card(report: Report) -> str:
         rows=comparison(report.before, report.after),
         agreement=agreement(report),
         stored=stored(report.storage) if report.storage else "",
+        in_executorch=in_executorch(report.executorch) if report.executorch else "",
         options=_options,
         recipe=yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True) if report.recipe else "",
         versions=", ".join(f"{k} {v}" for k, v in versions.items()) or "not recorded",

@@ -61,7 +61,7 @@ def html_report(report: Report) -> str:
             verdict=verdict(report),
             created=report.created.replace("T", " ").replace("+00:00", " UTC"),
             tone=tone(report),
-            cards=[*cards(report.before, report.after), *_stored(report)],
+            cards=[*cards(report.before, report.after), *_stored(report), *_executorch(report)],
             frozen=sorted(by_reason.items(), key=lambda item: -len(item[1])),
             recipe=yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True) if report.recipe else "",
             machine=flat(report.environment),
@@ -79,6 +79,15 @@ def _stored(report: Report) -> list[Card]:
         "Weights file, coded", s.dense_bytes, s.size_bytes, figures.size, times(s.dense_bytes, s.size_bytes, "smaller", "larger", "same")
     )
     return [replace(card, note=f"entropy bound {figures.size(s.entropy_bytes)}; {figures.percent(s.zeros / max(s.weights, 1))} are zero")]
+
+
+def _executorch(report: Report) -> list[Card]:
+    e = report.executorch
+    if e is None:
+        return []
+    said = times(e.before_median_ms, e.latency_ms.median, "faster", "slower", "same")
+    card = _bar("Latency in ExecuTorch", e.before_median_ms, e.latency_ms.median, figures.milliseconds, said)
+    return [replace(card, note=f"{e.file} {figures.size(e.size_bytes)}, the original {figures.size(e.before_size_bytes)}")]
 
 
 @cache

@@ -82,6 +82,25 @@ class Storage(_Part):
     weights: int
 
 
+class Executorch(_Part):
+    """The same network as a file for ExecuTorch, measured there; ``before`` is the original's file, in float.
+
+    ``difference`` is against the torch network, relative, of a float network; ``simulation_sqnr_db`` of one in integers; ``top1_agreement`` is with
+    the original's file.
+    """
+
+    file: str
+    before_size_bytes: int
+    size_bytes: int
+    before_median_ms: float
+    latency_ms: Latency
+    difference: float | None = None
+    simulation_sqnr_db: Decibels | None = None
+    accuracy: Accuracy | None = None
+    top1_agreement: float | None = None
+    notes: list[str] = []
+
+
 class StepReport(_Part):
     """What one step did."""
 
@@ -159,3 +178,4 @@ class Report(_Part):
     preprocessing: str | None = None
     simulated: Accuracy | None = None
     storage: Storage | None = None
+    executorch: Executorch | None = None

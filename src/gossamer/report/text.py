@@ -12,7 +12,7 @@ from rich.table import Table
 
 from gossamer.report import figures
 from gossamer.report.figures import NONE, amount, change, milliseconds, percent, plural, size, tail
-from gossamer.report.schema import Measured, Report, Storage
+from gossamer.report.schema import Executorch, Measured, Report, Storage
 from gossamer.report.warnings import target_value
 
 if TYPE_CHECKING:
@@ -159,6 +159,8 @@ def run_table(report: Report, *, width: int = WIDTH) -> str:
     blocks.append([wrap("; ".join(filter(None, (said, agreement(report)))), width)])
     if report.storage:
         blocks[-1].append(wrap(stored(report.storage), width))
+    if report.executorch:
+        blocks[-1].append(wrap(in_executorch(report.executorch), width))
     if report.budget:
         rows = [[t.name, target_value(t, t.limit), target_value(t, t.reached), "met" if t.met else "MISSED"] for t in report.budget]
         blocks.append([table(["budget", "at most", "reached", ""], rows, right=(1, 2), width=width)])
@@ -227,6 +229,30 @@ def stored(storage: Storage) -> str:
         f"weights: {s.file} {size(s.size_bytes)}, coded, of {size(s.dense_bytes)} (1/{s.dense_bytes / max(s.size_bytes, 1):.1f}; "
         f"entropy bound {size(s.entropy_bytes)}); {percent(s.zeros / max(s.weights, 1))} are zero"
     )
+
+
+def in_executorch(e: Executorch) -> str:
+    """What the ExecuTorch file takes and how fast it is, in a sentence.
+
+    Example:
+        >>> from gossamer.report.schema import Executorch, Latency
+        >>> timed = Latency(median=3.0, p10=2.9, p90=3.2, runtime="executorch 1.5", threads=1, batch=1, runs=50, ratio=1.5)
+        >>> in_executorch(Executorch(file="m.pte", before_size_bytes=4_000_000, size_bytes=1_000_000, before_median_ms=2.0, latency_ms=timed))
+        'executorch 1.5: m.pte 1.00 MB (the original 4.00 MB), 3.00 ms (the original 2.00 ms, 1.50 x: SLOWER)'
+    """
+    ratio = e.latency_ms.ratio
+    paired = "" if ratio is None else f", {ratio:.2f} x{': SLOWER' if ratio > 1 else ''}"
+    said = [
+        f"{e.latency_ms.runtime}: {e.file} {size(e.size_bytes)} (the original {size(e.before_size_bytes)})",
+        f"{milliseconds(e.latency_ms.median)} (the original {milliseconds(e.before_median_ms)}{paired})",
+    ]
+    if e.accuracy is not None:
+        said.append(f"top-1 {percent(e.accuracy.value)}")
+    if e.top1_agreement is not None:
+        said.append(f"agrees with the original on {percent(e.top1_agreement)}")
+    if e.simulation_sqnr_db is not None:
+        said.append(f"{figures.decibels(e.simulation_sqnr_db)} against the simulation")
+    return ", ".join(said)
 
 
 def reasons(frozen: Iterable[tuple[str, str]], *, width: int = WIDTH) -> str:

@@ -92,6 +92,15 @@ def export_program(model: nn.Module, example_inputs: Any) -> Program:
     return Program(exported, False, (note,))
 
 
+def export_static(model: nn.Module, example_inputs: Any) -> torch.export.ExportedProgram:
+    """The network as a torch ``ExportedProgram`` for the shapes of the example inputs, batch size included; raises as `capture`."""
+    inputs = check_inputs(example_inputs)
+    try:
+        return _export(copy.deepcopy(model).eval(), inputs, None)
+    except Exception as e:  # torch.export raises many kinds
+        raise ExportError(_why(e)) from None
+
+
 def _export(model: nn.Module, inputs: Any, batch: int | None) -> torch.export.ExportedProgram:
     shared = torch.export.Dim("batch")
     dims = pytree.tree_map(lambda t: {0: shared} if batch is not None and _has_batch(t, batch) else None, inputs)

@@ -41,32 +41,38 @@ def bind(step: Step, reads: Sequence[Any], writes: Sequence[Tensor], scratch: Te
 
 
 def _copy(step: Step, reads: Sequence[Any], writes: Sequence[Tensor], scratch: Tensor | None) -> list[Call]:
+    """A copy; nothing where the input lies there already."""
     (x,), (out,) = reads, writes
     return [] if same_place(out, x) and out.dtype == x.dtype else [lambda: out.copy_(x)]
 
 
 def _fill(step: Step, reads: Sequence[Any], writes: Sequence[Tensor], scratch: Tensor | None) -> list[Call]:
+    """One value everywhere."""
     value, (out,) = step.options["value"], writes
     return [lambda: out.fill_(value)]
 
 
 def _pointwise(step: Step, reads: Sequence[Any], writes: Sequence[Tensor], scratch: Tensor | None) -> list[Call]:
+    """An operation element by element, by its name in `POINTWISE`."""
     args, kwargs = _filled(step.options["template"], reads)
     run, (out,) = POINTWISE[step.options["op"]], writes
     return [lambda: run(out, *args, **kwargs)]
 
 
 def _filled(template: Any, reads: Sequence[Any]) -> Any:
+    """Arguments with each slot replaced by the tensor that it stands for."""
     return pytree.tree_map(lambda v: reads[v.index] if isinstance(v, Slot) else v, template)
 
 
 def _affine(step: Step, reads: Sequence[Any], writes: Sequence[Tensor], scratch: Tensor | None) -> list[Call]:
+    """A folded norm: ``x * scale + shift``, and its activation in place."""
     (x, scale, shift), (out,) = reads, writes
     calls: list[Call] = [lambda: torch.addcmul(shift, x, scale, out=out)]
     return calls + (activation(step.options["act"], out, out) if step.options["act"] is not None else [])
 
 
 def _reduce(step: Step, reads: Sequence[Any], writes: Sequence[Tensor], scratch: Tensor | None) -> list[Call]:
+    """A sum, mean, norm or extreme over dimensions."""
     (x,), (out,) = reads, writes
     dims, keep = step.options["dims"], step.options["keepdim"]
     kernel = torch.linalg.vector_norm if step.options["op"] == "vector_norm" else getattr(torch, step.options["op"])
@@ -74,16 +80,19 @@ def _reduce(step: Step, reads: Sequence[Any], writes: Sequence[Tensor], scratch:
 
 
 def _softmax(step: Step, reads: Sequence[Any], writes: Sequence[Tensor], scratch: Tensor | None) -> list[Call]:
+    """A softmax over one dimension."""
     (x,), (out,), dim = reads, writes, step.options["dim"]
     return [lambda: torch.ops.aten._softmax.out(x, dim, False, out=out)]
 
 
 def _index_select(step: Step, reads: Sequence[Any], writes: Sequence[Tensor], scratch: Tensor | None) -> list[Call]:
+    """Rows of a table, or slices along one dimension."""
     (x, index), (out,), dim = reads, writes, step.options["dim"]
     return [lambda: torch.index_select(x, dim, index, out=out)]
 
 
 def _as_it_is(step: Step, reads: Sequence[Any], writes: Sequence[Tensor], scratch: Tensor | None) -> list[Call]:
+    """An operation without a kernel here: torch allocates its outputs, which are then copied into the arena."""
     func = step.options["func"]
     args, kwargs = _filled(step.options["template"], reads)
 

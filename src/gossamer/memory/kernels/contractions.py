@@ -19,6 +19,7 @@ STRIP_BYTES = 1 << 17
 
 
 def matrix(step: Step, reads: Sequence[Any], writes: Sequence[Tensor], scratch: Tensor | None) -> list[Call]:
+    """A product of two matrices or of batches of them, with a bias where there is one."""
     (a, b, bias), (out,) = reads, writes
     if step.options["batch"]:
         return [lambda: torch.bmm(a, b, out=out)]
@@ -28,6 +29,7 @@ def matrix(step: Step, reads: Sequence[Any], writes: Sequence[Tensor], scratch: 
 
 
 def heads_at_once(heads: int, queries: int, keys: int) -> int:
+    """Heads whose scores fit into `ATTENTION_SCRATCH` together; at least one."""
     return max(1, min(heads, ATTENTION_SCRATCH // (4 * queries * keys)))
 
 
@@ -40,6 +42,7 @@ def attention_scratch(step: Step) -> int:
 
 
 def attention(step: Step, reads: Sequence[Any], writes: Sequence[Tensor], scratch: Tensor | None) -> list[Call]:
+    """Scaled dot-product attention, some heads at a time; heads may share keys and values."""
     (q, k, v, mask), (out,) = reads, writes
     n, heads, length, _ = q.shape
     shared = heads // k.shape[1]
@@ -55,6 +58,7 @@ def attention(step: Step, reads: Sequence[Any], writes: Sequence[Tensor], scratc
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, mask: Any, scores: Tensor, scale: float) -> list[Call]:
+    """Some heads: scores, mask, softmax in place, and the product with the values."""
     keys = k.transpose(1, 2)
     calls: list[Call] = [lambda: torch.baddbmm(scores, q, keys, beta=0, alpha=scale, out=scores)]
     if mask is not None:
@@ -64,6 +68,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, mask: Any, scores: Ten
 
 
 def norm_shape(shape: Sequence[int], dims: Sequence[int]) -> list[int]:
+    """Shape of what is left of a tensor when dimensions are reduced and kept."""
     return [1 if d in dims else n for d, n in enumerate(shape)]
 
 
@@ -74,6 +79,7 @@ def norm_scratch(step: Step) -> int:
 
 
 def norm(step: Step, reads: Sequence[Any], writes: Sequence[Tensor], scratch: Tensor | None) -> list[Call]:
+    """A layer or group norm: mean and spread in scratch, the rest where the output lies."""
     (x, w, b), (out,) = reads, writes
     dims, eps = step.options["dims"], step.options["eps"]
     shape = norm_shape(x.shape, dims)
@@ -107,6 +113,7 @@ def strips_scratch(step: Step) -> int:
 
 
 def strips(step: Step, reads: Sequence[Any], writes: Sequence[Tensor], scratch: Tensor | None) -> list[Call]:
+    """A norm, its activation and a 1x1 convolution, for some pixels at a time."""
     x, scale, shift, w, b = reads
     (out,) = writes
     pixels, channels = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]), x.shape[1]
@@ -125,6 +132,7 @@ def strips(step: Step, reads: Sequence[Any], writes: Sequence[Tensor], scratch: 
 def _strip(
     part: Tensor, goal: Tensor, strip: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, b: Any, options: Any
 ) -> list[Call]:  # fmt: skip
+    """One strip: normed into scratch, then multiplied into its place."""
     calls: list[Call] = [lambda: torch.addcmul(shift, part, scale, out=strip)]
     calls += activation(options["norm_act"], strip, strip)
     calls.append((lambda: torch.mm(strip, weight, out=goal)) if b is None else (lambda: torch.addmm(b, strip, weight, out=goal)))
@@ -132,4 +140,5 @@ def _strip(
 
 
 def strip_rows(channels: int, pixels: int) -> int:
+    """Pixels of a strip: as many as fit into `STRIP_BYTES`, at least 16 of those there are."""
     return min(pixels, max(16, STRIP_BYTES // (4 * channels)))

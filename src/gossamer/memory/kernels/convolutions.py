@@ -39,6 +39,7 @@ def dense_image(shape: Sequence[int], stride: Sequence[int]) -> bool:
 
 
 def _as_matrix(step: Step) -> bool:
+    """Whether a 1x1 convolution runs as a matrix product: oneDNN takes it where it can write there and adds, or has many weights for few pixels."""
     if not step.options["matrix"]:
         return False
     x, out, accumulates = step.reads[0], step.writes[0], step.reads[3] is not None
@@ -104,6 +105,7 @@ def packed(step: Step) -> Step:
 
 
 def _onednn(step: Step, x: Tensor, w: Tensor, b: Any, target: Tensor, *, relu: bool) -> list[Call]:
+    """oneDNN's convolution that adds to what lies in its place."""
     o = step.options
     run = torch.ops.mkldnn._convolution_pointwise_.binary
     args: tuple[Any, ...] = (w, b, o["padding"], o["stride"], o["dilation"], o["groups"], "add", 1.0, "relu" if relu else None, [], None)
@@ -135,6 +137,7 @@ def _shifted(step: Step, x: Tensor, w: Tensor, b: Any, target: Tensor) -> list[C
 
 
 def _product(goal: Tensor, source: Tensor, tap: Tensor) -> Call:
+    """One tap of a depthwise window, added where it falls."""
     weight = tap.reshape(1, -1, *[1] * (goal.dim() - 2))
     return lambda: goal.addcmul_(source, weight)
 
@@ -153,10 +156,12 @@ def _rows(goal: Tensor, source: Tensor, tap: Tensor, groups: int) -> list[Call]:
 
 
 def _add_product(y: Tensor, a: Tensor, weight: Tensor) -> Call:
+    """One row of pixels times one tap, added in place."""
     return lambda: y.addmm_(a, weight)
 
 
 def _matrix(step: Step, x: Tensor, w: Tensor, b: Any, residual: Any, out: Tensor) -> list[Call]:
+    """A 1x1 convolution as a product of pixels and weights, added to a residual where there is one."""
     pixels, target, weight = _pixels(x), _pixels(out), w.flatten(1).t()
     calls: list[Call] = []
     if residual is None:
@@ -171,10 +176,12 @@ def _matrix(step: Step, x: Tensor, w: Tensor, b: Any, residual: Any, out: Tensor
 
 
 def _pixels(x: Tensor) -> Tensor:
+    """A channels-last image as a matrix of pixels by channels."""
     return x.permute(0, 2, 3, 1).view(-1, x.shape[1])
 
 
 def _after(act: Any, source: Tensor, out: Tensor) -> list[Call]:
+    """The activation, into the output; a copy where there is none and the result lies elsewhere."""
     if act is None:
         return [] if same_place(out, source) else [lambda: out.copy_(source)]
     name, args, kwargs = act

@@ -41,6 +41,8 @@ def max_pool(step: Step, reads: Sequence[Any], writes: Sequence[Tensor], scratch
 
 
 def _larger(goal: Tensor, source: Tensor, *, whole: bool) -> Call:
+    """The larger of two in place; ``whole`` offers a copy instead, for the first tap."""
+
     def run() -> None:
         torch.maximum(goal, source, out=goal)
 
@@ -50,16 +52,19 @@ def _larger(goal: Tensor, source: Tensor, *, whole: bool) -> Call:
 
 
 def avg_pool(step: Step, reads: Sequence[Any], writes: Sequence[Tensor], scratch: Tensor | None) -> list[Call]:
+    """Average pooling."""
     args = step.options["args"]
     return _densely(step, reads, writes, scratch, lambda x, out: torch.ops.aten.avg_pool2d.out(x, *args, out=out))
 
 
 def upsample(step: Step, reads: Sequence[Any], writes: Sequence[Tensor], scratch: Tensor | None) -> list[Call]:
+    """Resampling by torch's kernel of that name."""
     run, args = getattr(torch.ops.aten, step.options["op"]).out, step.options["args"]
     return _densely(step, reads, writes, scratch, lambda x, out: run(x, *args, out=out))
 
 
 def _densely(step: Step, reads: Sequence[Any], writes: Sequence[Tensor], scratch: Tensor | None, run: Callable[..., Any]) -> list[Call]:
+    """A kernel that needs an output without gaps: through scratch where the output is a slice."""
     (x,), (out,) = reads, writes
     if not step.scratch:
         return [lambda: run(x, out)]
@@ -69,6 +74,7 @@ def _densely(step: Step, reads: Sequence[Any], writes: Sequence[Tensor], scratch
 
 
 def dense_scratch(step: Step) -> int:
+    """Bytes of an output without gaps, where the output is a slice."""
     out = step.writes[0].meta()
     dense = out.is_contiguous() or out.is_contiguous(memory_format=torch.channels_last)
     return 0 if dense else room(out.numel())
@@ -108,8 +114,10 @@ def patches(step: Step, reads: Sequence[Any], writes: Sequence[Tensor], scratch:
 
 
 def _filling(part: Tensor, value: float) -> Call:
+    """A call that sets a part to a value."""
     return lambda: part.fill_(value)
 
 
 def _moving(goal: Tensor, source: Tensor) -> Call:
+    """A call that copies one part to another."""
     return lambda: goal.copy_(source)

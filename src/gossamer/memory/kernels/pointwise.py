@@ -18,16 +18,20 @@ _BINARY = ("maximum", "minimum", "eq", "ne", "lt", "le", "gt", "ge", "logical_an
 
 
 def _unary(name: str) -> Callable[..., Any]:
+    """An operation with an ``out=`` that does not allocate, from ATen."""
     kernel = getattr(_aten, name).out
     return lambda out, *args, **kwargs: kernel(*args, **kwargs, out=out)
 
 
 def _binary(name: str) -> Callable[..., Any]:
+    """An operation of two tensors, with the same result type as torch's function."""
     kernel = getattr(torch, name)
     return lambda out, a, b: kernel(a, b, out=out)
 
 
 def _sum(kernel: Callable[..., Tensor]) -> Callable[..., Any]:
+    """A sum or difference, whose second operand may be scaled."""
+
     def run(out: Tensor, a: Any, b: Any, alpha: Any = 1, **kwargs: Any) -> None:
         alpha = kwargs.get("alpha", alpha)
         kernel(a, b, out=out) if alpha == 1 else kernel(a, b, alpha=alpha, out=out)
@@ -36,11 +40,13 @@ def _sum(kernel: Callable[..., Tensor]) -> Callable[..., Any]:
 
 
 def _reversed(out: Tensor, a: Tensor, b: Any, alpha: Any = 1) -> None:
+    """``b - alpha * a``."""
     torch.mul(a, -alpha, out=out)
     out.add_(b)
 
 
 def _masked_fill(out: Tensor, x: Any, mask: Tensor, value: Any) -> None:
+    """A copy with a value where the mask is set."""
     if not same_place(out, x):
         out.copy_(x)
     out.masked_fill_(mask, value)

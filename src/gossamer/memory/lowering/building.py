@@ -32,10 +32,14 @@ def build(graph: fx.GraphModule, inputs: list[Any], *, inplace: bool = True) -> 
 
 
 def _best_join(graph: fx.GraphModule, inputs: list[Any], plain: Program, copying: Program, inplace: bool) -> Program:
+    """The program with those concatenations made in place that lower the peak: all, all but those that live at the worst moment, or none."""
+
     def height(program: Program) -> int:
+        """Bytes that live together at the worst moment of a program."""
         return peak(lives(program, inplace=inplace), len(program.steps))
 
     def joined(leave: Collection[str]) -> Program:
+        """The program with every concatenation in place but those named."""
         return finished(record(graph, inputs, homes=homes(plain, leave=leave)))
 
     best = joined(())
@@ -59,6 +63,7 @@ def _best_join(graph: fx.GraphModule, inputs: list[Any], plain: Program, copying
 
 
 def _moment(found: Any, steps: int) -> int:
+    """The step at which most bytes live."""
     from gossamer.memory.liveness import profile
 
     bytes_at = profile(found, steps)

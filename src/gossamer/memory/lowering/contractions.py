@@ -30,6 +30,7 @@ def rows(r: Recorder, x: Tensor) -> Tensor:
 
 
 def spread(value: Any, dims: int) -> list[int]:
+    """One number for each spatial dimension."""
     values = [int(v) for v in value] if isinstance(value, list | tuple) else [int(value)]
     return values * dims if len(values) == 1 else values
 
@@ -37,6 +38,7 @@ def spread(value: Any, dims: int) -> list[int]:
 def convolution(
     r: Recorder, x: Tensor, w: Any, b: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
 ) -> Any:
+    """A convolution in one to three dimensions with constant weights; its output is channels-last."""
     dims = w.dim() - 2
     constant = not w.is_meta and (b is None or not b.is_meta)
     if not constant or x.dim() != w.dim() or x.dtype != torch.float32 or dims not in (1, 2, 3):
@@ -73,6 +75,7 @@ def _pixels(x: Tensor) -> Tensor | None:
 
 
 def linear(r: Recorder, x: Tensor, w: Any, b: Any = None) -> Any:
+    """A linear layer, as a product of rows."""
     if not isinstance(w, Tensor) or w.is_meta or x.dim() < 2 or x.dtype != torch.float32 or (b is not None and b.is_meta):
         return NotImplemented
     shape = (*x.shape[:-1], w.shape[0])
@@ -83,6 +86,7 @@ def linear(r: Recorder, x: Tensor, w: Any, b: Any = None) -> Any:
 
 
 def product(r: Recorder, a: Tensor, b: Tensor, bias: Any = None, beta: float = 1, alpha: float = 1) -> Any:
+    """``mm``, ``bmm`` or ``addmm`` without scales."""
     if a.dtype != torch.float32 or beta != 1 or alpha != 1 or (bias is not None and bias.dim() != 1):
         return NotImplemented
     shape = (*a.shape[:-1], b.shape[-1])
@@ -94,6 +98,7 @@ def product(r: Recorder, a: Tensor, b: Tensor, bias: Any = None, beta: float = 1
 def attention(
     r: Recorder, q: Any, k: Any, v: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False, *, scale: Any = None, enable_gqa: bool = False
 ) -> Any:  # fmt: skip
+    """Scaled dot-product attention, its mask as numbers to add."""
     if any(t.dim() != 4 or t.dtype != torch.float32 or not t.is_meta for t in (q, k, v)) or dropout_p:
         return NotImplemented
     n, h, length, e = q.shape

@@ -62,6 +62,7 @@ class _Steps:
 
 
 def _fold_norms(work: _Steps) -> None:
+    """Multiply the scale of a norm into the convolution before it."""
     for i, step in enumerate(work.steps):
         if step is None or step.kernel != "affine":
             continue
@@ -78,6 +79,7 @@ def _fold_norms(work: _Steps) -> None:
 
 
 def _accumulate_sums(work: _Steps) -> None:
+    """Let a convolution add to the other operand of a sum, where that is complete before it."""
     for i, step in enumerate(work.steps):
         if step is None or not _is_sum(step):
             continue
@@ -91,6 +93,7 @@ def _accumulate_sums(work: _Steps) -> None:
 
 
 def _is_sum(step: Step) -> bool:
+    """Whether a step adds two tensors of one shape and type."""
     if step.kernel != "pointwise" or step.options["op"] != "add" or len(step.reads) != 2:
         return False
     (args, kwargs), (a, b) = step.options["template"], step.reads
@@ -99,6 +102,7 @@ def _is_sum(step: Step) -> bool:
 
 
 def _apply_activations(work: _Steps) -> None:
+    """Let a convolution or norm apply the activation that alone reads it."""
     for i, step in enumerate(work.steps):
         if step is None or step.kernel != "pointwise" or step.options["op"] not in ACTIVATIONS or len(step.reads) != 1:
             continue

@@ -40,6 +40,7 @@ def homes(program: Program, *, leave: Collection[str] = ()) -> dict[str, Home]:
 
 
 def _resolve(key: str, found: dict[str, tuple[str, int, int]], program: Program) -> Home | None:
+    """Where a part lies in the outermost concatenation; None where concatenations go round in a circle."""
     start = 0
     seen = {key}
     while key in found:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 def cat(r: Recorder, tensors: Any, dim: int = 0) -> Any:
+    """A concatenation: nothing where the parts lie there already, else one copy for each."""
     tensors = [t for t in tensors if not (t.dim() == 1 and t.numel() == 0)]
     if len({t.dtype for t in tensors}) > 1:
         return NotImplemented
@@ -51,10 +52,12 @@ def _joined(r: Recorder, tensors: list[Tensor], dim: int, shape: list[int]) -> T
 
 
 def stack(r: Recorder, tensors: Any, dim: int = 0) -> Any:
+    """A concatenation along a new dimension."""
     return cat(r, [t.unsqueeze(dim) for t in tensors], dim)
 
 
 def clone(r: Recorder, x: Any, *, memory_format: Any = None) -> Any:
+    """A copy, in the memory format asked for."""
     if memory_format in (None, torch.preserve_format):
         out = r.like(x)
     else:
@@ -66,12 +69,14 @@ def clone(r: Recorder, x: Any, *, memory_format: Any = None) -> Any:
 def converted(
     r: Recorder, x: Any, *, dtype: Any = None, layout: Any = None, device: Any = None, memory_format: Any = None, **rest: Any
 ) -> Any:
+    """A copy of another type."""
     out = r.like(x, dtype)
     r.emit("copy", (x,), (out,))
     return out
 
 
 def constant_pad(r: Recorder, x: Any, pad: Any, value: float = 0.0) -> Any:
+    """A filled buffer and a copy into the middle; negative amounts cut."""
     shape, inner = list(x.shape), x
     spots = []
     for i in range(len(pad) // 2):
@@ -90,6 +95,7 @@ def constant_pad(r: Recorder, x: Any, pad: Any, value: float = 0.0) -> Any:
 
 
 def pad(r: Recorder, x: Any, pad: Any, mode: str = "constant", value: Any = None) -> Any:
+    """Padding with a constant; other modes run as they are."""
     return constant_pad(r, x, pad, 0.0 if value is None else value) if mode == "constant" else NotImplemented
 
 
@@ -102,6 +108,7 @@ def viewed(r: Recorder, x: Any, size: Any) -> Any:
 
 
 def roll(r: Recorder, x: Any, shifts: Any, dims: Any = ()) -> Any:
+    """Up to two copies for each dimension that is rolled."""
     shifts, dims = (list(v) if isinstance(v, list | tuple) else [v] for v in (shifts, dims))
     if len(shifts) != len(dims):
         return NotImplemented
@@ -116,6 +123,7 @@ def roll(r: Recorder, x: Any, shifts: Any, dims: Any = ()) -> Any:
 
 
 def slice_scatter(r: Recorder, x: Any, source: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
+    """A copy with a slice replaced."""
     out = r.allocate(x.shape, dense_strides(x), x.dtype)
     r.emit("copy", (x,), (out,), into=(0,))
     r.emit("copy", (source,), (torch.ops.aten.slice(out, dim, start, end, step),))
@@ -123,6 +131,7 @@ def slice_scatter(r: Recorder, x: Any, source: Any, dim: int = 0, start: Any = N
 
 
 def select_scatter(r: Recorder, x: Any, source: Any, dim: int, index: int) -> Any:
+    """A copy with one index replaced."""
     out = r.allocate(x.shape, dense_strides(x), x.dtype)
     r.emit("copy", (x,), (out,), into=(0,))
     r.emit("copy", (source,), (out.select(dim, index),))
@@ -130,6 +139,7 @@ def select_scatter(r: Recorder, x: Any, source: Any, dim: int, index: int) -> An
 
 
 def embedding(r: Recorder, w: Any, index: Any, *_: Any) -> Any:
+    """Rows of a constant table."""
     if w.is_meta:
         return NotImplemented
     shape = (*index.shape, w.shape[1])
@@ -140,6 +150,7 @@ def embedding(r: Recorder, w: Any, index: Any, *_: Any) -> Any:
 
 
 def index_select(r: Recorder, x: Any, dim: int, index: Any) -> Any:
+    """Slices by an index."""
     shape = list(x.shape)
     shape[dim] = index.numel()
     out = r.allocate(shape, torch.empty(shape, device="meta").stride(), x.dtype)
@@ -148,6 +159,7 @@ def index_select(r: Recorder, x: Any, dim: int, index: Any) -> Any:
 
 
 def index(r: Recorder, x: Any, indices: Any) -> Any:
+    """Indexing by one vector of positions; anything else runs as it is."""
     given = [(d, i) for d, i in enumerate(indices) if i is not None]
     if len(given) == 1 and given[0][1].dim() == 1 and given[0][1].dtype == torch.int64:
         return index_select(r, x, *given[0])
@@ -155,10 +167,13 @@ def index(r: Recorder, x: Any, indices: Any) -> Any:
 
 
 def dropout(r: Recorder, x: Any, *rest: Any, **options: Any) -> Any:
+    """The input, since nothing is dropped in inference."""
     return NotImplemented if len(rest) > 1 and rest[1] is True else x
 
 
 def constant_like(make: Callable[..., Tensor]) -> Callable[..., Any]:
+    """A rule that makes a constant of the input's type."""
+
     def rule(r: Recorder, x: Any, *args: Any, dtype: Any = None, **rest: Any) -> Any:
         return make(x, *args, dtype=dtype or x.dtype)
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 
 def _batch_norm(r: Recorder, x: Any, w: Any, b: Any, mean: Any, var: Any, *rest: Any) -> Any:
+    """A batch norm on its running statistics, as a scale and a shift for each channel."""
     if any(isinstance(t, Tensor) and t.is_meta for t in (w, b, mean, var)) or mean is None or x.dtype != torch.float32:
         return NotImplemented
     eps = rest[-1]
@@ -24,15 +25,18 @@ def _batch_norm(r: Recorder, x: Any, w: Any, b: Any, mean: Any, var: Any, *rest:
 
 
 def whole_batch_norm(r: Recorder, x: Any, w: Any, b: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float, *_: Any) -> Any:
+    """``batch_norm`` in eval mode."""
     return NotImplemented if training else _batch_norm(r, x, w, b, mean, var, eps)
 
 
 def native_batch_norm(r: Recorder, x: Any, *rest: Any) -> Any:
+    """The form that also returns statistics, which nothing reads in inference."""
     out = _batch_norm(r, x, *rest)
     return out if out is NotImplemented else (out, *(torch.empty(0, device="meta") for _ in range(2)))
 
 
 def layer_norm(r: Recorder, x: Any, shape: Any, w: Any, b: Any, eps: float) -> Any:
+    """A norm over the last dimensions."""
     if any(isinstance(t, Tensor) and t.is_meta for t in (w, b)) or x.dtype != torch.float32:
         return NotImplemented
     out = r.like(x)
@@ -42,6 +46,7 @@ def layer_norm(r: Recorder, x: Any, shape: Any, w: Any, b: Any, eps: float) -> A
 
 
 def group_norm(r: Recorder, x: Any, w: Any, b: Any, n: int, c: int, hw: int, groups: int, eps: float) -> Any:
+    """A norm over groups of channels, where they can be viewed as such."""
     if any(isinstance(t, Tensor) and t.is_meta for t in (w, b)) or x.dtype != torch.float32 or x.dim() < 3:
         return NotImplemented
     out = r.like(x)

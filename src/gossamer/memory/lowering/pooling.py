@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 def max_pool(r: Recorder, x: Any, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False) -> Any:
+    """Maximum pooling of images."""
     if x.dim() != 4 or x.dtype != torch.float32:
         return NotImplemented
     kernel, padding, dilation = spread(kernel, 2), spread(padding, 2), spread(dilation, 2)
@@ -27,12 +28,14 @@ def max_pool(r: Recorder, x: Any, kernel: Any, stride: Any = (), padding: Any = 
 
 
 def bare(x: Any) -> Any:
+    """A tensor of the same geometry outside the recorder."""
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") if isinstance(x, Tensor) else x
 
 
 def avg_pool(
     r: Recorder, x: Any, kernel: Any, stride: Any = (), padding: Any = 0, ceil_mode: bool = False, count_include_pad: bool = True, divisor: Any = None
 ) -> Any:  # fmt: skip
+    """Average pooling of images."""
     if x.dim() != 4 or x.dtype != torch.float32:
         return NotImplemented
     kernel, padding = spread(kernel, 2), spread(padding, 2)
@@ -51,6 +54,7 @@ def dense(r: Recorder, x: Tensor) -> Tensor:
 
 
 def adaptive_avg_pool(r: Recorder, x: Any, size: Any) -> Any:
+    """Adaptive average pooling, where the size divides the image."""
     if x.dim() != 4 or x.dtype != torch.float32:
         return NotImplemented
     size = [n if s is None else int(s) for s, n in zip(spread(size, 2), x.shape[2:], strict=True)]
@@ -65,6 +69,7 @@ def adaptive_avg_pool(r: Recorder, x: Any, size: Any) -> Any:
 
 
 def _reduction(r: Recorder, name: str, x: Any, dims: Any, keepdim: bool = False) -> Any:
+    """A reduction over dimensions (None: all)."""
     dims = [dims] if isinstance(dims, int) else list(dims or range(x.dim()))
     dims = sorted(d % x.dim() for d in dims) if dims else list(range(x.dim()))
     if x.dtype != torch.float32:
@@ -76,6 +81,8 @@ def _reduction(r: Recorder, name: str, x: Any, dims: Any, keepdim: bool = False)
 
 
 def reduced(name: str) -> Callable[..., Any]:
+    """The rule of a reduction of that name."""
+
     def rule(r: Recorder, x: Any, dims: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
         return NotImplemented if dtype not in (None, torch.float32) else _reduction(r, name, x, dims, keepdim)
 
@@ -83,10 +90,12 @@ def reduced(name: str) -> Callable[..., Any]:
 
 
 def vector_norm(r: Recorder, x: Any, ord: float = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    """The Euclidean norm over dimensions."""
     return NotImplemented if ord != 2 or dim is None or dtype is not None else _reduction(r, "vector_norm", x, dim, keepdim)
 
 
 def softmax(r: Recorder, x: Any, dim: int, half: bool = False) -> Any:
+    """A softmax; in place only along rows that are contiguous."""
     if x.dtype != torch.float32 or half:
         return NotImplemented
     x = dense(r, x)
@@ -97,6 +106,8 @@ def softmax(r: Recorder, x: Any, dim: int, half: bool = False) -> Any:
 
 
 def upsample(name: str) -> Callable[..., Any]:
+    """The rule of a resampling of that name."""
+
     def rule(r: Recorder, x: Any, size: Any, *rest: Any) -> Any:
         if x.dim() != 4 or x.dtype != torch.float32:
             return NotImplemented

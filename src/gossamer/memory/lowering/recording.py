@@ -58,6 +58,7 @@ class Recorder(TorchDispatchMode):
         return self._slabs[slab_key].as_strided(shape, slab_stride, offset)
 
     def _base(self, key: str, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A new buffer: its number, its name, and a tensor without memory that stands for it."""
         base = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
         number = len(self.bases)
         self.bases.append(base)  # keeps the storage's address from being used again
@@ -103,6 +104,7 @@ class Recorder(TorchDispatchMode):
     # --- operations
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Record an operation on tensors in the arena; views and constants are computed as they are."""
         from gossamer.memory.lowering.rules import primitive
 
         kwargs = kwargs or {}
@@ -113,6 +115,7 @@ class Recorder(TorchDispatchMode):
 
 
 def _is_view(func: Any) -> bool:
+    """Whether an operation returns views of its inputs, from its schema."""
     if func.namespace != "aten":
         return False
     written = [r.alias_info for r in func._schema.returns]
@@ -164,6 +167,7 @@ ONE_DEVICE = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 
 
 def _run(recorder: Recorder, node: fx.Node, name: str, args: Any, kwargs: Any) -> Any:
+    """The outcome of one node: by a rule for the whole operation, or by recording what it decomposes into."""
     from gossamer.memory.lowering.rules import NODES
 
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -201,6 +205,7 @@ def _module_path(node: fx.Node) -> str:
 
 
 def _attribute(module: torch.nn.Module, name: str) -> Tensor:
+    """A parameter or buffer by its dotted name."""
     path, _, leaf = name.rpartition(".")
     found = getattr(module.get_submodule(path), leaf)
     assert isinstance(found, Tensor)

@@ -143,6 +143,7 @@ def _shapes(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _pointwise(r: Recorder, name: str, outcome: Tensor, args: Any, kwargs: Any, out: Tensor | None = None) -> Any:
+    """Emit an operation element by element; its output may lie on any input of the same shape and type."""
     slots: list[Any] = []
 
     def slot(t: Any) -> Any:
@@ -163,6 +164,7 @@ def _pointwise(r: Recorder, name: str, outcome: Tensor, args: Any, kwargs: Any, 
 
 
 def _as_it_is(r: Recorder, func: Any, outcome: Any, args: Any, kwargs: Any) -> Any:
+    """Emit an operation that torch runs outside the arena, with the bytes that it allocates there."""
     slots: list[Any] = []
 
     def slot(t: Any) -> Any:
