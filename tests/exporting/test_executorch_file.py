@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import gossamer as gs
 from gossamer.errors import ExportError, UsageError
 from gossamer.exporting.executorch_graph import xnnpack_form
+from gossamer.exporting.executorch_runtime import check_loads
 from gossamer.exporting.parity import fixed_batches
 from gossamer.profiling import evaluate
 
@@ -100,6 +101,46 @@ def test_activations_of_fewer_bits_are_held_to_their_codes_and_of_16_are_float()
             assert (form(DATA[1]) - wanted).abs().max() <= most * wanted.abs().max()
         assert any("16 bits" in n for n in notes) == (bits == 16)
         assert ("quantize_per_tensor" in calls(form)) == (bits == 4)
+
+
+class Far(nn.Module):
+    """A layer and a sum whose outputs are clipped to so little that their steps are a thousandth of their inputs'."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        y = F.hardtanh(self.a(x), -1e-5, 1e-5) * 1e5
+        z = F.hardtanh(y + self.b(y), -1e-5, 1e-5) * 1e5
+        return self.c(z)
+
+
+def far():
+    torch.manual_seed(0)
+    return gs.quantize(Far().eval(), INPUTS, calibration=DATA, target="vnni")
+
+
+def test_steps_that_xnnpack_cannot_bridge_are_float():
+    result = far()
+    form, notes = xnnpack_form(result.model)
+    assert any("layers whose steps are too far apart" in n for n in notes)
+    assert any("sums and products of steps too far apart" in n for n in notes)
+    with torch.no_grad():
+        wanted = result.model(DATA[1])
+        error = (form(DATA[1]) - wanted).square().mean() / wanted.square().mean()
+    assert error < 1e-3
+
+
+def test_files_with_steps_that_xnnpack_cannot_bridge_load(executorch, tmp_path):
+    assert gs.export(far(), tmp_path / "far.pte", calibration=DATA).sqnr_db > 30
+
+
+def test_a_file_that_does_not_load_is_an_error(executorch, tmp_path):
+    (tmp_path / "bad.pte").write_bytes(b"ET12" * 100)
+    with pytest.raises(ExportError, match="does not load") as e:
+        check_loads(tmp_path / "bad.pte")
+    assert "\n" not in str(e.value)
 
 
 def test_the_network_that_was_given_is_left_as_it_is():

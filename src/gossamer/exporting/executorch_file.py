@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from gossamer.errors import ExportError, UsageError
 from gossamer.exporting.executorch_graph import xnnpack_form
-from gossamer.exporting.executorch_runtime import Method, load_runtime
+from gossamer.exporting.executorch_runtime import Method, check_loads, load_runtime
 from gossamer.exporting.parity import compare, fixed_batches, noise
 from gossamer.exporting.translate import is_quantized
 from gossamer.memory.executorch import executorch_memory
@@ -62,6 +62,7 @@ def write(model: nn.Module, inputs: Any, path: Path, *, calibration: Iterable[An
         path.write_bytes(program)
     except OSError as e:
         raise UsageError(f"cannot write {path.name}: {e.strerror}") from None
+    check_loads(path)
     method = Method(path, threads=1)
     batches = [*fixed_batches(calibration, inputs), noise(inputs)]
     agreement = compare(model, lambda leaves: method.run(_tensors(leaves)), batches)

@@ -7,6 +7,7 @@ sample's range; where the input is float, the layer is float.
 from __future__ import annotations
 
 import copy
+import math
 import operator
 from collections import Counter
 from collections.abc import Callable
@@ -118,6 +119,7 @@ def _round_activations(module: fx.GraphModule, found: Counter[str]) -> dict[fx.N
     for node in reversed(how):
         graph.erase_node(node)
     _round_parts(graph, made)
+    _joins_apart(graph, made, found)
     return made
 
 
@@ -170,10 +172,12 @@ def _weight(module: fx.GraphModule, layer: fx.Node, rounded: dict[fx.Node, _Roun
     graph, back = module.graph, layer.args[1]
     if not isinstance(back, fx.Node) or back.target is not _BACK:
         return
-    static = layer.args[0] in rounded and _feeds_rounding(layer)
+    x = layer.args[0]
+    after = _rounding_after(layer) if x in rounded else None
+    static = after is not None and _near(rounded[x].step * tensor_at(module, str(back.args[1].target)) / after.step)  # type: ignore[index, union-attr]
     if not static and not (layer.args[0] in rounded and op_name(layer) in LINEAR):
-        end = "output" if layer.args[0] in rounded else "input"
-        found[f"layers whose {end} is float run in float there, weights included"] += 1
+        why = "input is float" if x not in rounded else "output is float" if after is None else "steps are too far apart for XNNPACK"
+        found[f"layers whose {why} run in float there, weights included"] += 1
         return
     codes = _constant(module, back, _codes(module, back), "_codes")
     step, axis = tensor_at(module, str(back.args[1].target)), back.args[3]  # type: ignore[union-attr]
@@ -192,12 +196,38 @@ def _weight(module: fx.GraphModule, layer: fx.Node, rounded: dict[fx.Node, _Roun
         layer.update_arg(0, _round_by_range(graph, layer, layer.args[0]))
 
 
-def _feeds_rounding(layer: fx.Node) -> bool:
-    """Whether what a layer gives is rounded, past one activation that XNNPACK takes into the layer."""
+def _rounding_after(layer: fx.Node) -> _Rounding | None:
+    """How what a layer gives is rounded, past one activation that XNNPACK takes into the layer; None where it is float."""
     users = list(layer.users)
     if len(users) == 1 and op_name(users[0]) in ("relu", "hardtanh"):
         users = list(users[0].users)
-    return len(users) == 1 and users[0].target is _decomposed("quantize_per_tensor")
+    alone = len(users) == 1 and users[0].target is _decomposed("quantize_per_tensor")
+    return _Rounding(*users[0].args[1:3]) if alone else None  # type: ignore[arg-type]
+
+
+def _near(ratios: Tensor) -> bool:
+    """Whether XNNPACK's kernels for integers can get from the step of products to that of the output."""
+    return bool((ratios < 256).all())
+
+
+def _joins_apart(graph: fx.Graph, made: dict[fx.Node, _Rounding], found: Counter[str]) -> None:
+    """Sums and products of steps too far apart for XNNPACK in float: a clip that changes nothing keeps its partitioner from taking them."""
+    for node in [n for n in graph.nodes if op_name(n) in ("add", "sub", "mul")]:
+        parts, after = [made[p].step for p in node.all_input_nodes if p in made], _rounding_after(node)
+        if after is None or not parts:
+            continue
+        product = op_name(node) == "mul"
+        ratios = [math.prod(parts if len(parts) > 1 else parts * 2) / after.step] if product else [p / after.step for p in parts]
+        if 2.0 ** (-16 if product else -10) <= min(ratios) and max(ratios) < 256:
+            continue
+        (codes,) = node.users
+        with graph.inserting_before(codes):
+            held = graph.call_function(
+                torch.ops.aten.hardtanh.default, (node, (-128 - after.zero) * after.step, (127 - after.zero) * after.step)
+            )
+        held.meta["val"] = node.meta["val"]
+        codes.replace_input_with(node, held)
+        found["sums and products of steps too far apart for XNNPACK are float there"] += 1
 
 
 def _round_by_range(graph: fx.Graph, layer: fx.Node, x: Any) -> fx.Node:

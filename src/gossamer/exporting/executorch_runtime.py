@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from importlib import import_module
@@ -17,6 +18,14 @@ from gossamer.errors import ExportError, UsageError
 from gossamer.memory.executorch import INSTALL
 from gossamer.trace.capture import quiet
 
+_LOAD = """
+import sys
+import torch
+import executorch.kernels.quantized
+from executorch.runtime import Runtime
+program = Runtime.get().load_program(open(sys.argv[1], "rb").read())
+program.load_method("forward")
+"""
 _FLOATING = (5, 6, 7)  # float16, float32 and float64 in ExecuTorch's numbering
 
 
@@ -64,6 +73,19 @@ class Method:
                 return [torch.as_tensor(o).clone() for o in self._method.execute(list(inputs))]
         except RuntimeError as e:
             raise ExportError(f"ExecuTorch does not run the file: {_line(e)}") from None
+
+
+def check_loads(path: str | Path) -> None:
+    """Load a file in a process of its own, since the runtime can end the process on a file that it cannot load.
+
+    Raises:
+        ExportError: it does not load.
+    """
+    done = subprocess.run([sys.executable, "-c", _LOAD, str(path)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = [s for s in done.stderr.splitlines() if "XNN" in s or "Error" in s]
+        why = lines[0][:200] if lines else f"its process ends with {done.returncode}"
+        raise ExportError(f"ExecuTorch does not load the file: {why}")
 
 
 def load_runtime() -> Any:
