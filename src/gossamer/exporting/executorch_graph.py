@@ -7,33 +7,21 @@ sample's range; where the input is float, the layer is float.
 from __future__ import annotations
 
 import copy
-import math
 import operator
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from gossamer.errors import ExportError
+from gossamer.exporting.executorch_rounding import Rounding, decomposed, round_activations, rounding_after
 from gossamer.quantization import layer_ops, ops
 from gossamer.quantization.build import clip_range
-from gossamer.quantization.graph import CLIP, LINEAR, is_float, op_name, put_tensor, tensor_at, weighted_nodes
-from gossamer.quantization.points import source
+from gossamer.quantization.graph import CLIP, LINEAR, op_name, put_tensor, tensor_at, weighted_nodes
 from gossamer.trace.capture import quiet
 
-_ROUND = torch.ops.gossamer.quantize_dequantize.default
 _BACK = torch.ops.gossamer.dequantize.default
-
-
-@dataclass(frozen=True)
-class _Rounding:
-    """How an activation is rounded to int8."""
-
-    step: float
-    zero: int
 
 
 def xnnpack_form(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
@@ -70,7 +58,7 @@ def _rewrite(module: fx.GraphModule, found: Counter[str]) -> None:
         elif node.target in (torch.ops.gossamer.grouped_linear.default, torch.ops.gossamer.table.default):
             _by_value(module, node, found)
     _plain_clips(graph)
-    rounded = _round_activations(module, found)
+    rounded = round_activations(module, found)
     for layer in list(weighted_nodes(graph)):
         _weight(module, layer, rounded, found)
     for node in list(graph.nodes):
@@ -84,96 +72,13 @@ def _rewrite(module: fx.GraphModule, found: Counter[str]) -> None:
     drop_unused(module)
 
 
-def _round_activations(module: fx.GraphModule, found: Counter[str]) -> dict[fx.Node, _Rounding]:
-    """Write each rounding, and one behind each operation that only moves rounded values; return how each dequantised value is rounded."""
-    graph = module.graph
-    how: dict[fx.Node, _Rounding] = {}
-    for node in list(graph.nodes):
-        if node.target is _ROUND:
-            rounding = _rounding(module, node)
-            if rounding is None:
-                found["activations of 16 bits are float there"] += 1
-                step, zero = (tensor_at(module, str(a.target)) for a in node.args[1:3])
-                with graph.inserting_before(node):
-                    node.replace_all_uses_with(_held(graph, node, float(step), int(zero), *node.args[3:5]))
-            else:
-                how[node] = rounding
-    moved = [(n, how[s]) for n in graph.nodes if n not in how and n.op == "call_function" and is_float(n) and (s := source(n)) in how]
-    made: dict[fx.Node, _Rounding] = {}
-    for node, rounding in [*how.items(), *moved]:
-        value: Any = node.args[0] if node in how else node
-        users = list(node.users)
-        with graph.inserting_before(node.next):
-            if node in how:
-                value = _limited(graph, node, rounding, value)
-            marked = graph.call_function(_decomposed("quantize_per_tensor"), (value, rounding.step, rounding.zero, -128, 127, torch.int8))
-        marked.meta["val"] = node.meta["val"].to(torch.int8)
-        for user in users:  # one for each reader: the partitioner takes them into the reader's kernel
-            with graph.inserting_before(user):
-                back = graph.call_function(
-                    _decomposed("dequantize_per_tensor"), (marked, rounding.step, rounding.zero, -128, 127, torch.int8)
-                )
-            back.meta["val"] = node.meta["val"]
-            user.replace_input_with(node, back)
-            made[back] = rounding
-    for node in reversed(how):
-        graph.erase_node(node)
-    _round_parts(graph, made)
-    _joins_apart(graph, made, found)
-    return made
-
-
-def _round_parts(graph: fx.Graph, made: dict[fx.Node, _Rounding]) -> None:
-    """Round what a concatenation joins as its result is rounded, which changes nothing: XNNPACK joins codes of one step only."""
-    for node in [n for n in graph.nodes if op_name(n) == "cat"]:
-        users = list(node.users)
-        if len(users) != 1 or users[0].target is not _decomposed("quantize_per_tensor"):
-            continue
-        rounding = _Rounding(*users[0].args[1:3])
-        for part in [p for p in node.all_input_nodes if made.get(p, rounding) != rounding]:
-            with graph.inserting_before(node):
-                _, back = _both(graph, part, rounding)
-            node.replace_input_with(part, back)
-            made[back] = rounding
-
-
-def _both(graph: fx.Graph, x: fx.Node, rounding: _Rounding) -> tuple[fx.Node, fx.Node]:
-    how = (rounding.step, rounding.zero, -128, 127, torch.int8)
-    codes = graph.call_function(_decomposed("quantize_per_tensor"), (x, *how))
-    back = graph.call_function(_decomposed("dequantize_per_tensor"), (codes, *how))
-    codes.meta["val"], back.meta["val"] = x.meta["val"].to(torch.int8), x.meta["val"]
-    return codes, back
-
-
-def _rounding(module: fx.GraphModule, node: fx.Node) -> _Rounding | None:
-    """None where the codes have 16 bits."""
-    step, zero = (tensor_at(module, str(a.target)) for a in node.args[1:3])  # type: ignore[union-attr]
-    low, high = int(node.args[3]), int(node.args[4])  # type: ignore[arg-type]
-    if high - low > 255:
-        return None
-    return _Rounding(float(step), int(zero) - (128 if low >= 0 else 0))
-
-
-def _limited(graph: fx.Graph, node: fx.Node, rounding: _Rounding, value: Any) -> Any:
-    """A value held to the range of codes of fewer than 8 bits."""
-    low, high = (int(a) - (128 if int(node.args[3]) >= 0 else 0) for a in node.args[3:5])  # type: ignore[arg-type]
-    return value if (low, high) == (-128, 127) else _held(graph, node, rounding.step, rounding.zero, low, high)
-
-
-def _held(graph: fx.Graph, node: fx.Node, step: float, zero: int, low: Any, high: Any) -> fx.Node:
-    """What a rounding node reads, held to the range of its codes: an activation before it may be done by that alone."""
-    held = graph.call_function(torch.ops.aten.hardtanh.default, (node.args[0], (low - zero) * step, (high - zero) * step))
-    held.meta["val"] = node.meta["val"]
-    return held
-
-
-def _weight(module: fx.GraphModule, layer: fx.Node, rounded: dict[fx.Node, _Rounding], found: Counter[str]) -> None:
+def _weight(module: fx.GraphModule, layer: fx.Node, rounded: dict[fx.Node, Rounding], found: Counter[str]) -> None:
     """A layer's weight as int8, with one step for each channel, where XNNPACK runs the layer in integers."""
     graph, back = module.graph, layer.args[1]
     if not isinstance(back, fx.Node) or back.target is not _BACK:
         return
     x = layer.args[0]
-    after = _rounding_after(layer) if x in rounded else None
+    after = rounding_after(layer) if x in rounded else None
     static = after is not None and _near(rounded[x].step * tensor_at(module, str(back.args[1].target)) / after.step)  # type: ignore[index, union-attr]
     if not static and not (layer.args[0] in rounded and op_name(layer) in LINEAR):
         why = "input is float" if x not in rounded else "output is float" if after is None else "steps are too far apart for XNNPACK"
@@ -183,12 +88,12 @@ def _weight(module: fx.GraphModule, layer: fx.Node, rounded: dict[fx.Node, _Roun
     step, axis = tensor_at(module, str(back.args[1].target)), back.args[3]  # type: ignore[union-attr]
     with graph.inserting_before(layer):
         if axis is None and static:
-            w = graph.call_function(_decomposed("dequantize_per_tensor"), (codes, float(step), 0, -128, 127, torch.int8))
+            w = graph.call_function(decomposed("dequantize_per_tensor"), (codes, float(step), 0, -128, 127, torch.int8))
         else:
             count = codes.meta["val"].shape[axis or 0]
             steps = _constant(module, back, step.expand(count).contiguous(), "_steps")
             zeros = _constant(module, back, torch.zeros(count, dtype=torch.int64), "_zeros")
-            w = graph.call_function(_decomposed("dequantize_per_channel"), (codes, steps, zeros, axis or 0, -128, 127, torch.int8))
+            w = graph.call_function(decomposed("dequantize_per_channel"), (codes, steps, zeros, axis or 0, -128, 127, torch.int8))
     w.meta["val"] = back.meta["val"]
     layer.update_arg(1, w)
     if not static:
@@ -196,48 +101,19 @@ def _weight(module: fx.GraphModule, layer: fx.Node, rounded: dict[fx.Node, _Roun
         layer.update_arg(0, _round_by_range(graph, layer, layer.args[0]))
 
 
-def _rounding_after(layer: fx.Node) -> _Rounding | None:
-    """How what a layer gives is rounded, past one activation that XNNPACK takes into the layer; None where it is float."""
-    users = list(layer.users)
-    if len(users) == 1 and op_name(users[0]) in ("relu", "hardtanh"):
-        users = list(users[0].users)
-    alone = len(users) == 1 and users[0].target is _decomposed("quantize_per_tensor")
-    return _Rounding(*users[0].args[1:3]) if alone else None  # type: ignore[arg-type]
-
-
 def _near(ratios: Tensor) -> bool:
     """Whether XNNPACK's kernels for integers can get from the step of products to that of the output."""
     return bool((ratios < 256).all())
 
 
-def _joins_apart(graph: fx.Graph, made: dict[fx.Node, _Rounding], found: Counter[str]) -> None:
-    """Sums and products of steps too far apart for XNNPACK in float: a clip that changes nothing keeps its partitioner from taking them."""
-    for node in [n for n in graph.nodes if op_name(n) in ("add", "sub", "mul")]:
-        parts, after = [made[p].step for p in node.all_input_nodes if p in made], _rounding_after(node)
-        if after is None or not parts:
-            continue
-        product = op_name(node) == "mul"
-        ratios = [math.prod(parts if len(parts) > 1 else parts * 2) / after.step] if product else [p / after.step for p in parts]
-        if 2.0 ** (-16 if product else -10) <= min(ratios) and max(ratios) < 256:
-            continue
-        (codes,) = node.users
-        with graph.inserting_before(codes):
-            held = graph.call_function(
-                torch.ops.aten.hardtanh.default, (node, (-128 - after.zero) * after.step, (127 - after.zero) * after.step)
-            )
-        held.meta["val"] = node.meta["val"]
-        codes.replace_input_with(node, held)
-        found["sums and products of steps too far apart for XNNPACK are float there"] += 1
-
-
 def _round_by_range(graph: fx.Graph, layer: fx.Node, x: Any) -> fx.Node:
     """The input of a layer, rounded when it runs."""
     with graph.inserting_before(layer):
-        chosen = graph.call_function(_decomposed("choose_qparams", "tensor"), (x, -128, 127, 1e-9, torch.int8))
+        chosen = graph.call_function(decomposed("choose_qparams", "tensor"), (x, -128, 127, 1e-9, torch.int8))
         step = graph.call_function(operator.getitem, (chosen, 0))
         zero = graph.call_function(operator.getitem, (chosen, 1))
-        codes = graph.call_function(_decomposed("quantize_per_tensor", "tensor"), (x, step, zero, -128, 127, torch.int8))
-        back = graph.call_function(_decomposed("dequantize_per_tensor", "tensor"), (codes, step, zero, -128, 127, torch.int8))
+        codes = graph.call_function(decomposed("quantize_per_tensor", "tensor"), (x, step, zero, -128, 127, torch.int8))
+        back = graph.call_function(decomposed("dequantize_per_tensor", "tensor"), (codes, step, zero, -128, 127, torch.int8))
     back.meta["val"] = x.meta["val"]
     return back
 
@@ -253,7 +129,7 @@ def _dynamic_linear(module: fx.GraphModule, node: fx.Node) -> None:
     held = (_constant(module, q, codes.to(torch.int8), "_codes"), _constant(module, q, steps.expand(count).contiguous(), "_steps"))
     with graph.inserting_before(node):
         zeros = _constant(module, q, torch.zeros(count, dtype=torch.int64), "_zeros")
-        w = graph.call_function(_decomposed("dequantize_per_channel"), (*held, zeros, 0, -128, 127, torch.int8))
+        w = graph.call_function(decomposed("dequantize_per_channel"), (*held, zeros, 0, -128, 127, torch.int8))
         linear = graph.call_function(torch.ops.aten.linear.default, (x, w, bias))
     linear.meta["val"] = node.meta["val"]
     linear.update_arg(0, _round_by_range(graph, linear, x))
@@ -328,8 +204,3 @@ def _constant(module: fx.GraphModule, like: Any, value: Tensor, tail: str = "_va
         node = module.graph.get_attr(name)
     node.meta["val"] = value
     return node
-
-
-def _decomposed(name: str, overload: str = "default") -> Callable[..., Any]:
-    found: Callable[..., Any] = getattr(getattr(torch.ops.quantized_decomposed, name), overload)
-    return found
