@@ -92,20 +92,14 @@ def save(folder: Path, parts: Parts, progress: Progress, settings: dict[str, Any
     for key, module in parts.modules.items():
         tensors |= {f"{key}.{name}": tensor for name, tensor in state_of(module).items()}
     tensors |= {f"best.{name}": tensor.clone().contiguous() for name, tensor in parts.best.items()}
-    scalars: dict[str, Any] = {}
-    for index, parameter in enumerate(_parameters(parts.optimizer)):
-        for key, value in parts.optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{index}.{key}"] = value.detach().to("cpu", copy=True).contiguous()
-            else:
-                scalars[f"{index}.{key}"] = value
+    states, scalars = optimizer_state(parts)
+    tensors |= {f"optimizer.{name}": value.detach().to("cpu", copy=True).contiguous() for name, value in states.items()}
     if progress.step:
         tensors["random.cpu"] = torch.get_rng_state()
         device = _device(parts.model)
         if device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state(device)
-    scaler = parts.scaler.state_dict() if parts.scaler is not None else None
-    header = json.dumps({"progress": asdict(progress), "settings": settings, "optimizer": scalars, "scaler": scaler})
+    header = json.dumps(header_of(parts, progress, settings, scalars))
     temporary = folder / f".{FILE}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -119,6 +113,32 @@ def save(folder: Path, parts: Parts, progress: Progress, settings: dict[str, Any
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise RunFolderError(f"cannot write a checkpoint into {folder}: {e}; the last one that was written is kept") from None
+
+
+def header_of(parts: Parts, progress: Progress, settings: dict[str, Any], scalars: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint holds besides tensors; ``scalars`` are those of the optimiser."""
+    scaler = parts.scaler.state_dict() if parts.scaler is not None else None
+    return {"progress": asdict(progress), "settings": settings, "optimizer": scalars, "scaler": scaler}
+
+
+def optimizer_state(parts: Parts) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and scalars of an optimiser's state, by the name of the parameter and of the state: ``"model.head.bias/exp_avg"``."""
+    names = {id(p): name for name, p in named_parameters(parts).items()}
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, Any] = {}
+    for parameter in _parameters(parts.optimizer):
+        for key, value in parts.optimizer.state.get(parameter, {}).items():
+            (tensors if isinstance(value, Tensor) else scalars)[f"{names[id(parameter)]}/{key}"] = value
+    return tensors, scalars
+
+
+def named_parameters(parts: Parts) -> dict[str, Tensor]:
+    """The parameters of the network and of what is trained with it, by name."""
+    found: dict[str, Tensor] = {f"model.{name}": p for name, p in parts.model.named_parameters()}
+    for key, module in parts.modules.items():
+        if key != "ema":
+            found |= {f"{key}.{name}": p for name, p in module.named_parameters()}
+    return found
 
 
 def restore(folder: Path, parts: Parts, settings: dict[str, Any]) -> tuple[Progress, dict[str, Tensor]]:
@@ -136,6 +156,20 @@ def restore(folder: Path, parts: Parts, settings: dict[str, Any]) -> tuple[Progr
         RunFolderError: no file is readable, or it was made with other settings or another network.
     """
     path, header, tensors = _read_last_good(folder)
+    progress = agreed_progress(path, header, settings)
+    try:
+        fill(parts.model, _part(tensors, "model."), where=str(path))
+        for key, module in parts.modules.items():
+            fill(module, _part(tensors, f"{key}."), where=str(path))
+    except WeightsError as e:
+        raise RunFolderError(f"{path} was made with another network: {e}") from None
+    fill_optimizer(parts, _part(tensors, "optimizer."), header)
+    parts.best.update(_part(tensors, "best."))
+    return progress, _part(tensors, "random.")
+
+
+def agreed_progress(path: Path, header: dict[str, Any], settings: dict[str, Any]) -> Progress:
+    """How far a checkpoint is; RunFolderError where it was made with other settings."""
     try:
         progress = Progress(**header["progress"])
         theirs = header["settings"]
@@ -146,17 +180,7 @@ def restore(folder: Path, parts: Parts, settings: dict[str, Any]) -> tuple[Progr
     if differ:
         detail = ", ".join(f"{k} is {theirs.get(k)!r} there and {settings.get(k)!r} here" for k in differ[:3])
         raise RunFolderError(f"{path} cannot be resumed with other settings: {detail}; use the same, or another folder")
-    try:
-        fill(parts.model, _part(tensors, "model."), where=str(path))
-        for key, module in parts.modules.items():
-            fill(module, _part(tensors, f"{key}."), where=str(path))
-    except WeightsError as e:
-        raise RunFolderError(f"{path} was made with another network: {e}") from None
-    _restore_optimizer(parts.optimizer, _part(tensors, "optimizer."), header["optimizer"])
-    if parts.scaler is not None and header.get("scaler"):
-        parts.scaler.load_state_dict(header["scaler"])
-    parts.best.update(_part(tensors, "best."))
-    return progress, _part(tensors, "random.")
+    return progress
 
 
 def checksum(header: str, tensors: dict[str, Tensor]) -> str:
@@ -204,16 +228,18 @@ def _read_last_good(folder: Path) -> tuple[Path, dict[str, Any], dict[str, Tenso
     raise RunFolderError(f"{damaged}, and there is no good one before it; remove it to start again")
 
 
-def _restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
+def fill_optimizer(parts: Parts, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
     """As each optimiser made it, of its own type: ``load_state_dict`` would turn 8-bit state into floats."""
-    parameters = _parameters(optimizer)
+    optimizer, parameters = parts.optimizer, named_parameters(parts)
     fused = {id(p) for g in optimizer.param_groups if g.get("fused") or g.get("capturable") for p in g["params"]}
-    for name, value in (*tensors.items(), *scalars.items()):
-        index, _, key = name.partition(".")
-        parameter = parameters[int(index)]
+    for name, value in (*tensors.items(), *header["optimizer"].items()):
+        owner, _, key = name.rpartition("/")
+        parameter = parameters[owner]
         if isinstance(value, Tensor) and (key != "step" or id(parameter) in fused):
             value = value.to(parameter.device)
         optimizer.state[parameter][key] = value
+    if parts.scaler is not None and header.get("scaler"):
+        parts.scaler.load_state_dict(header["scaler"])
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

@@ -14,6 +14,7 @@ from gossamer.errors import UsageError
 from gossamer.result import ExampleInputs
 
 if TYPE_CHECKING:
+    from gossamer.parallel import Parallel
     from gossamer.training.rematerialization import MemoryReport
 
 ProgressHook = Callable[[int, int], None]
@@ -88,6 +89,7 @@ class TrainingOptions(TypedDict, total=False):
     measure_memory: bool
     optimizer_in_backward: bool
     after_step: Callable[[nn.Module], None] | None
+    parallel: Parallel | None
 
 
 class FitOptions(TrainingOptions, total=False):

@@ -1,0 +1,137 @@
+"""Copies of the network in every process, each with its part of every batch: DDP, with the results of one process."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gossamer.errors import UsageError
+from gossamer.parallel.data.norms import SynchronisedNorms
+from gossamer.parallel.data.objective import LossModule
+from gossamer.parallel.data.slices import Shared
+from gossamer.parallel.mesh import Mesh, restarted
+from gossamer.training.feeding import Part
+from gossamer.training.placement import Placement
+from gossamer.training.precision import autocast
+from gossamer.training.validation import figures_of
+
+if TYPE_CHECKING:
+    from gossamer.training.stepping import Stepper
+
+
+class Replicas(Placement):
+    """Data parallel training with a copy of the network in each process.
+
+    The gradient of a step is that of the whole batch: each sample counts once, whatever the size of a part. Batch norms see the whole batch.
+
+    Args:
+        mesh: the processes.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.first = mesh.is_first
+        self.restarted = restarted()
+        self.group = mesh.group("data")
+        self.rank, self.ranks = mesh.at("data"), mesh.parallel.data
+        self._call: Callable[..., Any] | None = None
+        self._buffers: dict[str, tuple[int, int]] = {}
+
+    def on(self, device: torch.device) -> torch.device:
+        return self.mesh.device
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        for name in ("memory_budget", "measure_memory"):
+            if settings.get(name):
+                raise UsageError(f"{name} measures steps in one process: it does not combine with parallel (use smaller batches, or fsdp)")
+        if settings.get("optimizer_in_backward"):
+            raise UsageError("optimizer_in_backward updates before gradients are summed over processes: it does not combine with parallel")
+
+    def share(self, data: Iterable[Any]) -> Shared:
+        return Shared(data, self.rank, self.ranks, agree=self._agree)
+
+    def seed(self, data: Iterable[Any], seed: int, epoch: int, device: torch.device) -> None:
+        assert isinstance(data, Shared)
+        data.seed(seed, epoch, device)
+
+    def wrap(self, run: Stepper, data: Iterable[Any], adapters: nn.Module | None) -> None:
+        run.prepare(next(iter(data)))  # the memory layout, which DDP's buckets take over
+        self._call = self.wrapped(LossModule(run, adapters), run)
+
+    def wrapped(self, loss: LossModule, run: Stepper) -> nn.Module:
+        """What computes the loss and sums the gradients over the processes."""
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")  # of dimensions of size 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the new name of broadcast_buffers is not in all versions
+            return DistributedDataParallel(
+                loss,
+                process_group=self.group,
+                broadcast_buffers=False,  # those of batch norms are the same everywhere, others are broadcast where they change
+                find_unused_parameters=True,  # heads that a loss leaves out
+                gradient_as_bucket_view=True,
+            )
+
+    def learn(self, run: Stepper, raw: Any, reference: int | None, where: str, *, last: bool) -> tuple[float, int]:
+        assert isinstance(raw, Part) and self._call is not None
+        before = _versions(run.model)
+        batch = run.prepare(raw)
+        norms = SynchronisedNorms(self.group, counts=raw.n > 0)
+        with self.accumulating(last=last):
+            with norms, autocast(run.device, run.precision):
+                loss, minimised = self._call(batch)
+            value = self.mean(loss, raw)
+            run.check_finite(value, where)
+            run.scaled(minimised * (raw.n * self.ranks / (reference or raw.total))).backward()
+        self._level(run.model, before, norms.buffers)
+        return value, raw.total
+
+    def accumulating(self, *, last: bool) -> Any:
+        """A context in which gradients are summed over processes only where the step follows."""
+        assert isinstance(self._call, DistributedDataParallel)
+        return nullcontext() if last else self._call.no_sync()
+
+    def mean(self, loss: Tensor, part: Part) -> float:
+        """A loss over the whole batch, from the means of the parts."""
+        own = loss.item() * part.n if part.n else 0.0
+        return float(self.mesh.total(torch.tensor([own], dtype=torch.float64, device=loss.device), "data")) / part.total
+
+    def judge(
+        self, run: Stepper, model: nn.Module, raw: Any, metrics: Mapping[str, Callable[[Any, Any], Any]]
+    ) -> tuple[dict[str, float], int]:
+        assert isinstance(raw, Part)
+        figures = figures_of(run, model, run.prepare(raw), metrics)
+        return (figures if raw.n else dict.fromkeys(figures, 0.0)), raw.n
+
+    def total(self, sums: dict[str, float]) -> dict[str, float]:
+        values = torch.tensor([sums[k] for k in sorted(sums)], dtype=torch.float64, device=self.mesh.device)
+        return dict(zip(sorted(sums), self.mesh.total(values, "data").tolist(), strict=True))
+
+    def any(self, flag: bool) -> bool:
+        return self.mesh.any(flag)
+
+    def _agree(self, number: int) -> None:
+        """UsageError where processes read other samples."""
+        pair = torch.tensor([number, -number], dtype=torch.int64, device=self.mesh.device)
+        dist.all_reduce(pair, op=dist.ReduceOp.MAX)
+        if int(pair[0]) != -int(pair[1]):
+            raise UsageError("the processes would read batches in different orders: the loader's sampler must draw from torch's generators")
+
+    def _level(self, model: nn.Module, before: dict[str, tuple[int, int]], synchronised: set[int]) -> None:
+        """Give all processes the first one's buffers, of those that changed by other means than batch norm."""
+        after = _versions(model)
+        buffers = dict(model.named_buffers())
+        changed = [buffers[n] for n in after if after[n] != before.get(n) and id(buffers[n]) not in synchronised]
+        changed = [b for b in changed if b.is_floating_point() and b.numel()]
+        if changed:
+            dist._broadcast_coalesced(self.group, changed, 2**28, 0)
+
+
+def _versions(model: nn.Module) -> dict[str, tuple[int, int]]:
+    return {name: (id(b), b._version) for name, b in model.named_buffers()}

@@ -1,0 +1,171 @@
+"""The processes of a training as a mesh of pipeline x data x tensor, and the end of all of them when one is lost."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from gossamer.errors import GossamerError, PeerLost, UsageError
+from gossamer.parallel.options import Parallel, launched
+
+DIMS = ("pipeline", "data", "tensor")
+"""Dimensions of the mesh, the slowest first: tensor parallel processes are neighbours."""
+_LAST_WORDS = "gossamer/last-words/" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Where this process stands among the others.
+
+    Attributes:
+        parallel: the degrees.
+        device_mesh: of three dimensions, `DIMS`.
+        device: of this process.
+        rank, world: of this process, and how many there are.
+    """
+
+    parallel: Parallel
+    device_mesh: DeviceMesh
+    device: torch.device
+    rank: int
+    world: int
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes files and draws progress."""
+        return self.rank == 0
+
+    def group(self, dim: str) -> dist.ProcessGroup:
+        """The processes that differ from this one in a dimension alone."""
+        return self.device_mesh.get_group(dim)
+
+    def at(self, dim: str) -> int:
+        """Position of this process in a dimension."""
+        return self.device_mesh.get_local_rank(dim)
+
+    def total(self, values: Tensor, dim: str | None = None) -> Tensor:
+        """Sum of a tensor over the processes of a dimension, or over all, in place; the same bits everywhere."""
+        dist.all_reduce(values, group=self.group(dim) if dim is not None else None)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says yes."""
+        votes = torch.tensor([float(flag)], device=self.device)
+        return bool(self.total(votes) > 0)
+
+
+def restarted() -> bool:
+    """Whether torchrun started this process again after one was lost."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def device_of(device: torch.device) -> torch.device:
+    """The device of this process: of GPUs the one with its local rank."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return device
+
+
+@contextmanager
+def start(parallel: Parallel, device: torch.device | str = "cpu") -> Iterator[Mesh]:
+    """Meet the other processes: those of torchrun, or of a process group that is there already, which then stays.
+
+    Args:
+        parallel: its degrees multiply to the number of processes.
+        device: CPU (gloo), or ``"cuda"`` (NCCL), where each process takes the one of its local rank.
+
+    Returns:
+        A context with the `Mesh`. An error in it is told to the others, and all of them end.
+
+    Raises:
+        UsageError: torchrun started none, or other than ``parallel.world`` processes.
+        PeerLost: another process died, or did not answer for ``parallel.timeout_s``.
+    """
+    device = device_of(torch.device(device))
+    world = launched(_named(parallel), parallel.world)
+    if world != parallel.world:
+        raise UsageError(
+            f"parallel {_named(parallel)} needs {parallel.world} processes, and there are {world}: "
+            f"start it with torchrun --nproc-per-node {parallel.world} ..."
+        )
+    ours = not dist.is_initialized()
+    rank = int(os.environ["RANK"]) if ours else dist.get_rank()
+    store: Any = None
+    with _lost_becomes_one_line(rank, world, lambda: store):
+        if ours:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            options: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
+            dist.init_process_group(backend, timeout=timedelta(seconds=parallel.timeout_s), **options)
+        store = dist.distributed_c10d._get_default_store()
+        sizes = (parallel.pipeline, parallel.data, parallel.tensor)
+        try:
+            yield Mesh(parallel, init_device_mesh(device.type, sizes, mesh_dim_names=DIMS), device, rank, world)
+        except BaseException as e:
+            _leave_word(store, rank, e)
+            raise
+        finally:
+            if ours:
+                with suppress(RuntimeError):
+                    dist.destroy_process_group()
+
+
+@contextmanager
+def _lost_becomes_one_line(rank: int, world: int, store: Any) -> Iterator[None]:
+    try:
+        yield
+    except (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError) as e:
+        raise PeerLost(_lost(rank, world, e, store())) from e
+    except RuntimeError as e:
+        if isinstance(e, GossamerError) or not _is_connection(e):
+            raise
+        raise PeerLost(_lost(rank, world, e, store())) from e
+
+
+def _is_connection(e: RuntimeError) -> bool:
+    """Whether an error of gloo, which has no type of its own, is about another process."""
+    text = str(e)
+    signs = ("Connection closed by peer", "Connection reset", "Broken pipe", "Timed out waiting", "gloo/transport", "Connection refused")
+    return any(sign in text for sign in signs)
+
+
+def _lost(rank: int, world: int, e: Exception, store: Any) -> str:
+    late = "imed out" in str(e)
+    what = "another process did not answer in time" if late else "another process ended"
+    word = _last_words(store)
+    return (
+        f"process {rank} of {world} stops: {word or what}; torchrun --max-restarts N starts all of them again, and training with a "
+        "checkpoint folder then continues from the last checkpoint"
+    )
+
+
+def _leave_word(store: Any, rank: int, e: BaseException) -> None:
+    """Tell the others why this process ends."""
+    if isinstance(e, PeerLost | SystemExit) or (isinstance(e, RuntimeError) and _is_connection(e)):
+        return
+    said = " ".join(str(e).split())[:300] or type(e).__name__
+    with suppress(Exception):
+        store.set(_LAST_WORDS, f"process {rank} ended with {type(e).__name__}: {said}")
+
+
+def _last_words(store: Any) -> str:
+    with suppress(Exception):
+        if store is not None and store.check([_LAST_WORDS]):
+            return str(store.get(_LAST_WORDS).decode())
+    return ""
+
+
+def _named(parallel: Parallel) -> str:
+    data = "fsdp" if parallel.shard else "ddp"
+    degrees = {data: parallel.data, "tp": parallel.tensor, "pp": parallel.pipeline}
+    return "+".join(f"{kind},{n}" for kind, n in degrees.items() if n > 1) or "ddp,1"
