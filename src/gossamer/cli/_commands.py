@@ -129,6 +129,10 @@ def train(
     explain_memory: Annotated[
         bool, typer.Option("--explain-memory", help="Print what a step takes, block by block; train nothing.")
     ] = False,
+    parallel: Annotated[
+        str | None,
+        typer.Option("--parallel", help="Under torchrun: ddp, fsdp, tp or pp, with a degree (ddp,2), joined by + (ddp,2+tp,2)."),
+    ] = None,
     workers: Annotated[int, typer.Option("--workers", min=0, help="Processes that read ahead.")] = 0,
     skip_unreadable: Annotated[bool, typer.Option("--skip-unreadable", help="Leave out images that cannot be decoded.")] = False,
     resume: Resume = False,
@@ -137,18 +141,19 @@ def train(
 ) -> None:
     """Train a network on labelled data; an interrupted run continues with --resume to the same weights."""
     from gossamer.cli._console import progress, show
-    from gossamer.cli._train import explain, open_both
+    from gossamer.cli._train import explain, is_first, open_both, parallel_of
     from gossamer.cli._train import train as run
     from gossamer.errors import RunFolderError
 
     if out is None and not explain_memory:
         raise RunFolderError("name the folder with --out, or look at the memory of a step with --explain-memory")
     options: dict[str, Any] = {"optimizer": optimizer, "precision": precision, "memory_budget": memory_budget}
+    degrees = parallel_of(parallel)
     network, found = open_both(model, data, weights=weights, seed=seed, skip_unreadable=skip_unreadable)
     if explain_memory or out is None:
         show(explain(network, found, batch_size=batch_size, **options), as_json=as_json)
         return
-    with progress(quiet=as_json) as tick:
+    with progress(quiet=as_json or not is_first()) as tick:
         summary = run(
             network,
             found,
@@ -161,8 +166,11 @@ def train(
             resume=resume,
             seed=seed,
             progress=tick,
+            parallel=degrees,
             **options,
         )
+    if summary is None:
+        return
     if as_json:
         show(summary, as_json=True)
     else:

@@ -107,6 +107,10 @@ class Distillation:
         """Told before each step how much of the training, in [0, 1], is done: schedules follow it."""
         self.done = done
 
+    def divide(self, rank: int) -> None:
+        """Called in each process of a parallel training: a cache is then a folder of its own, which no other process writes."""
+        self.caches = [TeacherCache(c.folder / f"process-{rank}", t) for c, t in zip(self.caches, self.teachers, strict=bool(self.caches))]
+
     def teach(self, batch: Batch, which: int = 0) -> Tensor:
         """A teacher's logits, on the device and in the memory layout of the batch."""
         if self.caches:

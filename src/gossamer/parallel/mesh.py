@@ -13,13 +13,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from gossamer.errors import GossamerError, PeerLost, UsageError
 from gossamer.parallel.options import Parallel, launched
 
 DIMS = ("pipeline", "data", "tensor")
 """Dimensions of the mesh, the slowest first: tensor parallel processes are neighbours."""
-_LAST_WORDS = "gossamer/last-words/" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+_ATTEMPT = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+_LAST_WORDS = f"gossamer/last-words/{_ATTEMPT}"
+_STORES: list[dist.Store] = []  # the one of this process, then one for each start
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,8 @@ def start(parallel: Parallel, device: torch.device | str = "cpu") -> Iterator[Me
                 torch.cuda.set_device(device)
             backend = "nccl" if device.type == "cuda" else "gloo"
             options: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
-            dist.init_process_group(backend, timeout=timedelta(seconds=parallel.timeout_s), **options)
+            patience = timedelta(seconds=parallel.timeout_s)
+            dist.init_process_group(backend, store=_meeting_point(patience), rank=rank, world_size=world, timeout=patience, **options)
         store = dist.distributed_c10d._get_default_store()
         sizes = (parallel.pipeline, parallel.data, parallel.tensor)
         try:
@@ -118,6 +122,14 @@ def start(parallel: Parallel, device: torch.device | str = "cpu") -> Iterator[Me
             if ours:
                 with suppress(RuntimeError):
                     dist.destroy_process_group()
+
+
+def _meeting_point(patience: timedelta) -> dist.Store:
+    """Torchrun's store, with names of its own for each start: those of an earlier one would lead to processes that are gone."""
+    if not _STORES:
+        _STORES.append(next(iter(rendezvous("env://", timeout=patience)))[0])
+    _STORES.append(dist.PrefixStore(f"gossamer/{_ATTEMPT}/{len(_STORES)}", _STORES[0]))
+    return _STORES[-1]
 
 
 @contextmanager

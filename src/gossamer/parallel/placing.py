@@ -31,6 +31,6 @@ def place(parallel: Parallel, device: torch.device) -> Iterator[Placement]:
     with start(parallel, device) as mesh:
         if parallel.tensor > 1 or parallel.pipeline > 1:
             raise UsageError("parallel: tensor and pipeline degrees are not there yet")
-        from gossamer.parallel.data.replicas import Replicas
+        from gossamer.parallel.data import Replicas, Shards
 
-        yield Replicas(mesh)
+        yield Shards(mesh) if parallel.shard else Replicas(mesh)

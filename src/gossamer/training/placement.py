@@ -107,8 +107,13 @@ class Placement:
         checkpoints.save(folder, parts, progress, settings)
 
     def restore(self, folder: Path, parts: Parts, settings: dict[str, Any]) -> tuple[Progress, dict[str, Tensor]]:
-        """Continue from a checkpoint, written by any placement."""
-        return checkpoints.restore(folder, parts, settings)
+        """Continue from a checkpoint, written by any placement.
+
+        Returns:
+            How far it is, and the states of this process's random generators, ``cpu`` and ``cuda``, where the checkpoint has them.
+        """
+        progress, generators = checkpoints.restore(folder, parts, settings)
+        return progress, generators if "cpu" in generators else {}
 
     def whole(self, model: nn.Module, rebuild: Callable[[], nn.Module]) -> nn.Module:
         """The trained network as an ordinary one, in every process.

@@ -2,6 +2,7 @@
 
 from gossamer.parallel.data.norms import SynchronisedNorms
 from gossamer.parallel.data.replicas import Replicas
+from gossamer.parallel.data.shards import Shards
 from gossamer.parallel.data.slices import Shared, part_of
 
-__all__ = ["Replicas", "Shared", "SynchronisedNorms", "part_of"]
+__all__ = ["Replicas", "Shards", "Shared", "SynchronisedNorms", "part_of"]

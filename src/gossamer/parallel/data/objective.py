@@ -20,10 +20,13 @@ class LossModule(nn.Module):
     Args:
         run: network, objective and penalty.
         adapters: trained with the network, or None.
+        rank: of this process: what an objective keeps on disk is divided.
     """
 
-    def __init__(self, run: Stepper, adapters: nn.Module | None) -> None:
+    def __init__(self, run: Stepper, adapters: nn.Module | None, rank: int = 0) -> None:
         super().__init__()
+        if hasattr(run.objective, "divide"):
+            run.objective.divide(rank)
         self.model = run.model
         self.adapters = adapters
         self._run = [run]  # not a module of this one

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,9 @@ from gossamer.parallel.data.norms import SynchronisedNorms
 from gossamer.parallel.data.objective import LossModule
 from gossamer.parallel.data.slices import Shared
 from gossamer.parallel.mesh import Mesh, restarted
+from gossamer.training import checkpoint as checkpoints
+from gossamer.training import sharded
+from gossamer.training.checkpoint import Parts, Progress
 from gossamer.training.feeding import Part
 from gossamer.training.placement import Placement
 from gossamer.training.precision import autocast
@@ -63,7 +67,7 @@ class Replicas(Placement):
 
     def wrap(self, run: Stepper, data: Iterable[Any], adapters: nn.Module | None) -> None:
         run.prepare(next(iter(data)))  # the memory layout, which DDP's buckets take over
-        self._call = self.wrapped(LossModule(run, adapters), run)
+        self._call = self.wrapped(LossModule(run, adapters, self.mesh.rank), run)
 
     def wrapped(self, loss: LossModule, run: Stepper) -> nn.Module:
         """What computes the loss and sums the gradients over the processes."""
@@ -116,6 +120,42 @@ class Replicas(Placement):
     def any(self, flag: bool) -> bool:
         return self.mesh.any(flag)
 
+    def save(self, folder: Path, parts: Parts, progress: Progress, settings: dict[str, Any]) -> None:
+        if self.any(not _finite(parts.model)):
+            checkpoints.check_finite(parts.model)
+            raise UsageError("a weight became NaN or infinite: no checkpoint was written over the last good one; lower lr")
+        tensors, scalars = self.contents(parts)
+        if progress.step:
+            tensors |= {f"random.{k}.{self.mesh.rank}": state for k, state in self.generators().items()}
+        header = checkpoints.header_of(parts, progress, settings, scalars) | {"processes": self.mesh.world}
+        sharded.save_shards(folder, checkpoints.SHARDS, checkpoints.PREVIOUS_SHARDS, tensors, header)
+        if self.first and (folder / checkpoints.PREVIOUS_SHARDS).exists():
+            for name in (checkpoints.FILE, checkpoints.PREVIOUS):
+                (folder / name).unlink(missing_ok=True)
+
+    def contents(self, parts: Parts) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What this process has of network, optimiser and the rest: tensors (whole, or parts as DTensors) by name, and scalars of the optimiser."""
+        states, scalars = checkpoints.optimizer_state(parts)
+        tensors = {f"optimizer.{name}": t.detach() for name, t in states.items()}
+        for key, module in {"model": parts.model, **parts.modules}.items():
+            tensors |= {f"{key}.{name}": t for name, t in sharded.state_tensors(module).items()}
+        return tensors | {f"best.{name}": t for name, t in parts.best.items()}, scalars
+
+    def restore(self, folder: Path, parts: Parts, settings: dict[str, Any]) -> tuple[Progress, dict[str, Tensor]]:
+        progress, generators = checkpoints.restore(folder, parts, settings)
+        return progress, self.own_generators(generators)
+
+    def generators(self) -> dict[str, Tensor]:
+        """States of this process's random generators."""
+        states = {"cpu": torch.get_rng_state()}
+        return states | ({"cuda": torch.cuda.get_rng_state(self.mesh.device)} if self.mesh.device.type == "cuda" else {})
+
+    def own_generators(self, generators: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This process's, of those in a checkpoint; none where it was written by another number of processes."""
+        if sum(name.startswith("cpu.") for name in generators) != self.mesh.world:
+            return {}
+        return {name: generators[f"{name}.{self.mesh.rank}"] for name in ("cpu", "cuda") if f"{name}.{self.mesh.rank}" in generators}
+
     def _agree(self, number: int) -> None:
         """UsageError where processes read other samples."""
         pair = torch.tensor([number, -number], dtype=torch.int64, device=self.mesh.device)
@@ -131,6 +171,11 @@ class Replicas(Placement):
         changed = [b for b in changed if b.is_floating_point() and b.numel()]
         if changed:
             dist._broadcast_coalesced(self.group, changed, 2**28, 0)
+
+
+def _finite(model: nn.Module) -> bool:
+    own = (p.to_local() if hasattr(p, "to_local") else p for p in model.parameters())  # the part that this process has
+    return all(bool(torch.isfinite(p).all()) for p in own)
 
 
 def _versions(model: nn.Module) -> dict[str, tuple[int, int]]:
