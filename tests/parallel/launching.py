@@ -16,14 +16,20 @@ import torch.distributed as dist
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
-    ["torch.distributed.fsdp", "torch.distributed.checkpoint.hf_storage", "gossamer.parallel", "gossamer.parallel.data", "gossamer.distillation"]
+    [
+        "torch.distributed.fsdp",
+        "torch.distributed.checkpoint.hf_storage",
+        "gossamer.parallel",
+        "gossamer.parallel.data",
+        "gossamer.distillation",
+    ]
 )
 
 
-def run(work: Callable[..., Any], ranks: int, folder: Path, *args: Any, timeout_s: float = 120) -> list[Any]:
+def run(work: Callable[..., Any], ranks: int, folder: Path, *args: Any, timeout_s: float = 120, patience_s: float = 60) -> list[Any]:
     """What ``work(rank, *args)`` returns in each of several processes of one process group; an error of any of them fails the test."""
     folder.mkdir(parents=True, exist_ok=True)
-    processes = [_SERVER.Process(target=_child, args=(work, rank, ranks, folder, args)) for rank in range(ranks)]
+    processes = [_SERVER.Process(target=_child, args=(work, rank, ranks, folder, args, patience_s)) for rank in range(ranks)]
     for p in processes:
         p.start()
     for p in processes:
@@ -36,7 +42,7 @@ def run(work: Callable[..., Any], ranks: int, folder: Path, *args: Any, timeout_
     return [torch.load(folder / f"out-{rank}", weights_only=False) for rank in range(ranks)]
 
 
-def _child(work: Callable[..., Any], rank: int, ranks: int, folder: Path, args: tuple[Any, ...]) -> None:
+def _child(work: Callable[..., Any], rank: int, ranks: int, folder: Path, args: tuple[Any, ...], patience_s: float) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
@@ -44,7 +50,7 @@ def _child(work: Callable[..., Any], rank: int, ranks: int, folder: Path, args: 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
     try:
         store = dist.FileStore(str(folder / "store"), ranks)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=patience_s))
         torch.manual_seed(0)
         torch.save(work(rank, *args), folder / f"out-{rank}")
         dist.destroy_process_group()

@@ -70,7 +70,11 @@ def results(norm, x, towards, scale=1.0):
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     out = norm(x)
     (out * towards).sum().mul(scale).backward()
-    return {"out": out.detach(), "dx": x.grad} | {n: p.grad for n, p in norm.named_parameters()} | {n: b.clone() for n, b in norm.named_buffers()}
+    return (
+        {"out": out.detach(), "dx": x.grad}
+        | {n: p.grad for n, p in norm.named_parameters()}
+        | {n: b.clone() for n, b in norm.named_buffers()}
+    )
 
 
 def parts(rank, world):
