@@ -73,6 +73,7 @@ OPTIONS = {
 
 
 def with_options(_rank, parallel):
+    torch.manual_seed(0)
     out = {}
     for name, given in OPTIONS.items():
         options = dict(given)
@@ -82,6 +83,9 @@ def with_options(_rank, parallel):
             options["val"] = data[:2]
         out[name] = trained("mlp", parallel, model=model, data=data, **options)
     out["empty parts"] = trained("mlp", parallel, data=rows(9, 3) + rows(1, 1) * 2, model=nn.Sequential(nn.Linear(6, 4)))
+    positions = [(x.view(-1, 1, 6), y) for x, y in rows(9, 4)]  # batches of 4, 4 and 1, through a norm
+    convolved = nn.Sequential(nn.Conv1d(1, 3, 1), nn.BatchNorm1d(3), nn.Conv1d(3, 2, 3), nn.BatchNorm1d(2), nn.Flatten(), nn.Linear(8, 4))
+    out["empty parts of norms"] = trained("mlp", parallel, data=positions, model=convolved, val=positions)
     out["masks"] = trained("mlp", parallel, model=gs.sparsify(network("mlp"), sparsity=0.5))
     out["codebooks"] = trained("mlp", parallel, model=gs.cluster(network("mlp"), bits=2))
     return out

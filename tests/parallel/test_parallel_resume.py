@@ -108,7 +108,7 @@ def test_a_damaged_shard_falls_back_and_other_networks_are_refused(tmp_path):
     with pytest.warns(UserWarning, match="damaged"):
         again = trained("mlp", None, **{**OPTIONS, "patience": None}, **double(), checkpoint=folder, resume=True)
     assert_alike(again, whole, 1e-9)
-    assert_alike(first[0], whole, 1e-9)
+    assert_alike(first[0][0], whole, 1e-9)
     with pytest.raises(RunFolderError, match="other settings"):
         gs.fit(network("mlp").double(), double()["data"], checkpoint=folder, resume=True, epochs=7)
 

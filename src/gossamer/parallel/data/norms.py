@@ -5,6 +5,7 @@ Shape letters: N samples of this process, C channels; positions follow.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -91,7 +92,7 @@ class SynchronisedNorms(TorchFunctionMode):
             with torch.no_grad():
                 running_mean.lerp_(mean.to(running_mean.dtype), momentum)
                 running_var.lerp_((var * (n / (n - 1))).to(running_var.dtype), momentum)
-        out: Tensor = _Normalise.apply(x, weight, bias, mean, var, n, eps, self.group)
+        out: Tensor = _Normalise.apply(x, weight, bias, mean, var, n if self.counts else math.inf, eps, self.group)
         return out
 
 
@@ -128,7 +129,10 @@ def whole_statistics(x: Tensor, group: dist.ProcessGroup, *, counts: bool = True
 
 
 class _Normalise(torch.autograd.Function):
-    """``(x - mean) / sqrt(var + eps) * weight + bias``, where mean and variance are of all processes and take part in the gradient."""
+    """``(x - mean) / sqrt(var + eps) * weight + bias``, where mean and variance are of all processes and take part in the gradient.
+
+    They do not depend on values that do not count: for those ``n`` is infinite.
+    """
 
     @staticmethod
     def forward(
