@@ -314,6 +314,7 @@ def _prepare(run: Stepper, data: Iterable[Any], seed: int) -> nn.Module | None:
     holder = run.objective
     if not hasattr(holder, "prepare"):
         return None
-    torch.manual_seed(seed)
-    made: nn.Module | None = holder.prepare(run.model, run.prepare(next(iter(data))))
+    batch = run.prepare(next(iter(data)))
+    torch.manual_seed(seed)  # after the loader, which may draw from torch
+    made: nn.Module | None = holder.prepare(run.model, batch)
     return made

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
 
 from gossamer.errors import RunFolderError, UsageError
 from gossamer.parallel.data.objective import LossModule
@@ -48,20 +49,23 @@ class Shards(Replicas):
             )
 
     def wrap(self, run: Stepper, data: Iterable[Any], adapters: nn.Module | None) -> None:
+        self._call = LossModule(run, adapters, self.mesh.rank)
         run.channels_last = False  # parts of weights are contiguous
         for name, p in run.model.named_parameters():
             if not p.dim():
                 raise UsageError(f"{name} is a number without dimensions, which fsdp cannot divide: use ddp")
+        for module in (run.model, run.average, adapters):
+            for p in module.parameters() if module is not None else ():
+                p.data = p.data.contiguous()
         called = _called(run, run.prepare(next(iter(data))))
         self._shard(run.model, called, run.precision)
         if run.average is not None:
             self._shard(run.average.module, called, run.precision)
         for adapter in adapters.children() if adapters is not None else ():
             if any(True for _ in adapter.parameters()):
-                fully_shard(adapter, mesh=self.mesh.device_mesh["data"])
+                _shard_one(adapter, mesh=self.mesh.device_mesh["data"])
         self._adapters = [a for a in (adapters.children() if adapters is not None else ()) if isinstance(a, FSDPModule)]
         self._model = run.model
-        self._call = LossModule(run, adapters, self.mesh.rank)
 
     def _shard(self, model: nn.Module, called: Counter[str], precision: str) -> None:
         mesh = self.mesh.device_mesh["data"]
@@ -70,10 +74,10 @@ class Shards(Replicas):
         if precision == "bf16":
             for name, module in model.named_modules():
                 if isinstance(module, _BatchNorm) and module.affine and called[name] == 1:
-                    fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+                    _shard_one(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
         for name in blocks_to_shard(model, called):
-            fully_shard(model.get_submodule(name), mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh, mp_policy=policy)
+            _shard_one(model.get_submodule(name), mesh=mesh, mp_policy=policy)
+        _shard_one(model, mesh=mesh, mp_policy=policy)
 
     @contextmanager
     def accumulating(self, *, last: bool) -> Iterator[None]:
@@ -155,6 +159,16 @@ def blocks_to_shard(model: nn.Module, called: Mapping[str, int]) -> list[str]:
         if numbered and inside and alone and called.get(name) == 1 and not any(name.startswith(f"{outer}.") for outer in found):
             found.append(name)
     return found
+
+
+def _shard_one(module: nn.Module, **options: Any) -> None:
+    """``fully_shard``, with outputs that are no views: an operation in place on a view would lose FSDP's hook."""
+    module.register_forward_hook(lambda _module, _args, out: pytree.tree_map(_own, out))
+    fully_shard(module, **options)
+
+
+def _own(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) and value.requires_grad and value._is_view() else value
 
 
 def _called(run: Stepper, batch: Any) -> Counter[str]:
