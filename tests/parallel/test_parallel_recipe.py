@@ -25,7 +25,12 @@ def compressed(_rank, parallel, folder):
     net = nn.Sequential(block, nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)).eval()
     x, y = images(24).tensors
     batches = list(zip(x.split(5), y.split(5), strict=True))
-    recipe = [gs.Prune(ratio=0.25), gs.Distill(epochs=1, optimizer="sgd", lr=1e-3), gs.Sparsify(sparsity=0.5, epochs=1, lr=1e-4), gs.Quantize()]
+    recipe = [
+        gs.Prune(ratio=0.25),
+        gs.Distill(epochs=1, optimizer="sgd", lr=1e-3),
+        gs.Sparsify(sparsity=0.5, epochs=1, lr=1e-4),
+        gs.Quantize(),
+    ]
     result = gs.compress(net, batches, recipe=recipe, out=folder, parallel=parallel, example_inputs=(x[:1],))
     return result.report is not None, result.model.state_dict()
 
