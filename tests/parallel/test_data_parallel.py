@@ -72,6 +72,38 @@ OPTIONS = {
 }
 
 
+def of_other_weights(rank, shard):
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 4))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1 + rank)
+    return trained("mlp", Parallel(data=2, shard=shard) if shard is not None else None, model=model, ema=0.9)
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_all_start_from_the_first_process_s_weights(tmp_path, shard):
+    torch.manual_seed(0)
+    reference = of_other_weights(0, None)
+    for found in run(of_other_weights, 2, tmp_path, shard):
+        assert_alike(found, reference)
+
+
+def of_other_batches(rank):
+    said = []
+    data = DataLoader(images(20), batch_size=4, sampler=list(range(20)) if rank == 0 else list(range(19, -1, -1)))
+    for batches in (rows()[: 5 + rank], data):
+        try:
+            gs.fit(nn.Sequential(nn.Flatten(), nn.Linear(768, 5)) if batches is data else network("mlp"), batches, parallel=DDP)
+        except UsageError as e:
+            said.append(str(e))
+    return said
+
+
+def test_different_batches_are_noticed(tmp_path):
+    for said in run(of_other_batches, 2, tmp_path):
+        assert len(said) == 2 and all("different batches" in text for text in said)
+
+
 def with_options(_rank, parallel):
     torch.manual_seed(0)
     out = {}

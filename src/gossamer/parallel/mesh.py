@@ -103,7 +103,7 @@ def start(parallel: Parallel, device: torch.device | str = "cpu") -> Iterator[Me
     ours = not dist.is_initialized()
     rank = int(os.environ["RANK"]) if ours else dist.get_rank()
     store: Any = None
-    with _lost_becomes_one_line(rank, world, lambda: store):
+    with _lost_becomes_one_line(lambda: store):
         if ours:
             if device.type == "cuda":
                 torch.cuda.set_device(device)
@@ -133,15 +133,15 @@ def _meeting_point(patience: timedelta) -> dist.Store:
 
 
 @contextmanager
-def _lost_becomes_one_line(rank: int, world: int, store: Any) -> Iterator[None]:
+def _lost_becomes_one_line(store: Any) -> Iterator[None]:
     try:
         yield
     except (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError) as e:
-        raise PeerLost(_lost(rank, world, e, store())) from e
+        raise PeerLost(_lost(e, store())) from e
     except RuntimeError as e:
         if isinstance(e, GossamerError) or not _is_connection(e):
             raise
-        raise PeerLost(_lost(rank, world, e, store())) from e
+        raise PeerLost(_lost(e, store())) from e
 
 
 def _is_connection(e: RuntimeError) -> bool:
@@ -151,12 +151,11 @@ def _is_connection(e: RuntimeError) -> bool:
     return any(sign in text for sign in signs)
 
 
-def _lost(rank: int, world: int, e: Exception, store: Any) -> str:
+def _lost(e: Exception, store: Any) -> str:
     late = "imed out" in str(e)
     what = "another process did not answer in time" if late else "another process ended"
-    word = _last_words(store)
     return (
-        f"process {rank} of {world} stops: {word or what}; torchrun --max-restarts N starts all of them again, and training with a "
+        f"{_last_words(store) or what}, and so this one stops; torchrun --max-restarts N starts all of them again, and training with a "
         "checkpoint folder then continues from the last checkpoint"
     )
 

@@ -132,7 +132,7 @@ def blocks_of(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def state_bytes(optimizer: Optimizer) -> int:
-    """Bytes of the tensors in an optimiser's state.
+    """Bytes of the tensors in an optimiser's state; of those that processes divide among them, of this one's part.
 
     Example:
         >>> layer = nn.Linear(10, 10, bias=False)
@@ -146,7 +146,8 @@ def state_bytes(optimizer: Optimizer) -> int:
     for state in optimizer.state.values():
         for value in state.values():
             if isinstance(value, Tensor):
-                seen[id(value)] = value.numel() * value.element_size()
+                own = value.to_local() if hasattr(value, "to_local") else value
+                seen[id(value)] = own.numel() * own.element_size()
     return sum(seen.values())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +59,7 @@ class Replicas(Placement):
             raise UsageError("optimizer_in_backward updates before gradients are summed over processes: it does not combine with parallel")
 
     def share(self, data: Iterable[Any]) -> Shared:
+        self._agree(len(data) if isinstance(data, Sized) else 0)
         return Shared(data, self.rank, self.ranks, agree=self._agree)
 
     def seed(self, data: Iterable[Any], seed: int, epoch: int, device: torch.device) -> None:
@@ -66,8 +67,17 @@ class Replicas(Placement):
         data.seed(seed, epoch, device)
 
     def wrap(self, run: Stepper, data: Iterable[Any], adapters: nn.Module | None) -> None:
+        self.copy_first(run, adapters)
         run.prepare(next(iter(data)))  # the memory layout, which DDP's buckets take over
         self._call = self.wrapped(LossModule(run, adapters, self.mesh.rank), run)
+
+    def copy_first(self, run: Stepper, adapters: nn.Module | None) -> None:
+        """Start from the first process's weights and buffers, whatever the others were given."""
+        for module in (run.model, run.average, adapters):
+            for tensor in (*module.parameters(), *module.buffers()) if module is not None else ():
+                whole = tensor.detach().contiguous()
+                dist.broadcast(whole, group=self.group, group_src=0)
+                tensor.detach().copy_(whole)
 
     def wrapped(self, loss: LossModule, run: Stepper) -> nn.Module:
         """What computes the loss and sums the gradients over the processes."""
@@ -157,11 +167,13 @@ class Replicas(Placement):
         return {name: generators[f"{name}.{self.mesh.rank}"] for name in ("cpu", "cuda") if f"{name}.{self.mesh.rank}" in generators}
 
     def _agree(self, number: int) -> None:
-        """UsageError where processes read other samples."""
+        """UsageError where processes read other batches."""
         pair = torch.tensor([number, -number], dtype=torch.int64, device=self.mesh.device)
         dist.all_reduce(pair, op=dist.ReduceOp.MAX)
         if int(pair[0]) != -int(pair[1]):
-            raise UsageError("the processes would read batches in different orders: the loader's sampler must draw from torch's generators")
+            raise UsageError(
+                "the processes would read different batches: give all of them the same data, and a sampler that draws from torch's generators"
+            )
 
     def _level(self, model: nn.Module, before: dict[str, tuple[int, int]], synchronised: set[int]) -> None:
         """Give all processes the first one's buffers, of those that changed by other means than batch norm."""

@@ -54,6 +54,7 @@ class Shards(Replicas):
         for name, p in run.model.named_parameters():
             if not p.dim():
                 raise UsageError(f"{name} is a number without dimensions, which fsdp cannot divide: use ddp")
+        self.copy_first(run, adapters)
         for module in (run.model, run.average, adapters):
             for p in module.parameters() if module is not None else ():
                 p.data = p.data.contiguous()

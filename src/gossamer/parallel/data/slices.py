@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -103,7 +104,7 @@ class Shared:
         self._parts.order = list(drawing)  # by a loader of indices, which draws from the generator as the loader itself would
         self._parts.drawn = True
         if self._agree is not None:
-            self._agree(hash(tuple(map(tuple, self._parts.order))) % 2**31)
+            self._agree(zlib.crc32(repr(self._parts.order).encode()))
 
     def _of_loader(self) -> Iterator[Part]:
         assert self._loader is not None
