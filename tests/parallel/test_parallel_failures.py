@@ -54,9 +54,9 @@ def test_a_killed_process_is_restarted_to_the_same_weights(tmp_path, undisturbed
 
 
 @pytest.mark.slow
-def test_ten_processes_killed_at_random_moments(tmp_path, undisturbed):
-    for i in range(10):
-        killed_once(tmp_path / str(i), random.Random(i + 1), undisturbed)
+@pytest.mark.parametrize("seed", range(1, 11))
+def test_processes_killed_at_random_moments(tmp_path, undisturbed, seed):
+    killed_once(tmp_path, random.Random(seed), undisturbed)
 
 
 def test_an_error_in_one_process_is_told_to_all(tmp_path):
