@@ -17,11 +17,15 @@ import torch.distributed as dist
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
     [
-        "torch.distributed.fsdp",
-        "torch.distributed.checkpoint.hf_storage",
-        "gossamer.parallel",
-        "gossamer.parallel.data",
-        "gossamer.distillation",
+        *(
+            "torch._dynamo",
+            "torch.distributed.fsdp",
+            "torch.distributed.tensor",
+            "torch.distributed.checkpoint.hf_storage",
+            "torch._inductor",
+        ),
+        *("gossamer.parallel.data", "gossamer.training.sharded", "gossamer.models", "gossamer.distillation", "gossamer.flow.steps"),
+        *("gossamer.sparsity", "gossamer.sharing", "gossamer.quantization.training", "gossamer.exporting", "networks_to_divide"),
     ]
 )
 

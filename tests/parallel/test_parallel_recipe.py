@@ -35,6 +35,7 @@ def compressed(_rank, parallel, folder):
     return result.report is not None, result.model.state_dict()
 
 
+@pytest.mark.slow
 def test_a_recipe_ends_where_one_process_does(tmp_path):
     assert compressed(0, None, str(tmp_path / "one"))[0]
     found = run(compressed, 2, tmp_path / "processes", Parallel(data=2), str(tmp_path / "two"))
