@@ -109,7 +109,9 @@ class Distillation:
 
     def divide(self, rank: int) -> None:
         """Called in each process of a parallel training: a cache is then a folder of its own, which no other process writes."""
-        self.caches = [TeacherCache(c.folder / f"process-{rank}", t) for c, t in zip(self.caches, self.teachers, strict=bool(self.caches))]
+        if self.caches:
+            folders = [cache.folder / f"process-{rank}" for cache in self.caches]
+            self.caches = [TeacherCache(folder, teacher) for folder, teacher in zip(folders, self.teachers, strict=True)]
 
     def teach(self, batch: Batch, which: int = 0) -> Tensor:
         """A teacher's logits, on the device and in the memory layout of the batch."""

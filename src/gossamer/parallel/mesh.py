@@ -114,7 +114,10 @@ def start(parallel: Parallel, device: torch.device | str = "cpu") -> Iterator[Me
         store = dist.distributed_c10d._get_default_store()
         sizes = (parallel.pipeline, parallel.data, parallel.tensor)
         try:
-            yield Mesh(parallel, init_device_mesh(device.type, sizes, mesh_dim_names=DIMS), device, rank, world)
+            mesh = Mesh(parallel, init_device_mesh(device.type, sizes, mesh_dim_names=DIMS), device, rank, world)
+            for dim in DIMS if ours else ():  # torch gives groups of a part of the processes half an hour
+                _set_timeout(timedelta(seconds=parallel.timeout_s), mesh.group(dim))
+            yield mesh
         except BaseException as e:
             _leave_word(store, rank, e)
             raise
@@ -122,6 +125,11 @@ def start(parallel: Parallel, device: torch.device | str = "cpu") -> Iterator[Me
             if ours:
                 with suppress(RuntimeError):
                     dist.destroy_process_group()
+
+
+def _set_timeout(patience: timedelta, group: dist.ProcessGroup) -> None:
+    setting: Any = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # its name before torch 2.14
+    setting(patience, group)
 
 
 def _meeting_point(patience: timedelta) -> dist.Store:

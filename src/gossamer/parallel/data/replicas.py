@@ -46,7 +46,6 @@ class Replicas(Placement):
         self.group = mesh.group("data")
         self.rank, self.ranks = mesh.at("data"), mesh.parallel.data
         self._call: Callable[..., Any] | None = None
-        self._buffers: dict[str, tuple[int, int]] = {}
 
     def on(self, device: torch.device) -> torch.device:
         return self.mesh.device
