@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gossamer.flow import compress, qat
     from gossamer.lowrank import factorize
     from gossamer.memory import MemoryPlan, plan_memory
+    from gossamer.parallel import Parallel
     from gossamer.plan import Plan
     from gossamer.profiling import benchmark, profile
     from gossamer.pruning import prune
@@ -54,6 +55,7 @@ _HOME = {
     "Factorize": "gossamer.recipe",
     "Fit": "gossamer.recipe",
     "MemoryPlan": "gossamer.memory",
+    "Parallel": "gossamer.parallel",
     "Plan": "gossamer.plan",
     "Profile": "gossamer.result",
     "Proof": "gossamer.result",
@@ -74,6 +76,7 @@ __all__ = [
     "Factorize",
     "Fit",
     "MemoryPlan",
+    "Parallel",
     "Plan",
     "Profile",
     "Proof",

@@ -13,6 +13,7 @@ GossamerError                      one line: what, where, the fix
 +-- ExportError (RuntimeError)     the network cannot be exported, or the file does not agree with it; exits with 1
 +-- ProofError (RuntimeError)      a transformed network computes something else than its plan says; exits with 1
 +-- BudgetError (RuntimeError)     the budget cannot be met; says the best that can; exits with 1
++-- PeerLost (RuntimeError)        another process of a parallel training died or does not answer; exits with 1
 """
 
 from __future__ import annotations
@@ -77,6 +78,12 @@ class ProofError(GossamerError, RuntimeError):
 
 class BudgetError(GossamerError, RuntimeError):
     """A budget that cannot be met."""
+
+    exit_code = 1
+
+
+class PeerLost(GossamerError, RuntimeError):
+    """Another process of a parallel training that died or does not answer."""
 
     exit_code = 1
 

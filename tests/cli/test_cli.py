@@ -19,11 +19,11 @@ OPTIONS = {
     "inspect": {"--input", "--weights", "--json"},
     "compress": {
         *{"--data", "--out", "--recipe", "--budget", "--weights", "--calibration"},
-        *{"--dry-run", "--executorch", "--resume", "--threads", "--seed", "--json"},
+        *{"--dry-run", "--executorch", "--parallel", "--resume", "--threads", "--seed", "--json"},
     },
     "train": {
         *{"--data", "--out", "--weights", "--epochs", "--lr", "--optimizer", "--batch-size", "--accumulate", "--precision"},
-        *{"--memory-budget", "--explain-memory", "--workers", "--skip-unreadable", "--resume", "--seed", "--json"},
+        *{"--memory-budget", "--explain-memory", "--parallel", "--workers", "--skip-unreadable", "--resume", "--seed", "--json"},
     },
     "export": {"--format", "--out", "--json"},
     "bench": {

@@ -146,7 +146,7 @@ def test_the_files_are_safetensors_and_the_last_two_are_kept(tmp_path):
         names = set(f.keys())
         progress = json.loads(f.metadata()["gossamer"])["progress"]
     assert "model.one.weight" in names
-    assert "optimizer.0.exp_avg" in names
+    assert "optimizer.model.one.weight/exp_avg" in names
     assert progress["epoch"] == EPOCHS
 
 

@@ -230,7 +230,7 @@ def test_a_full_disk_stops_with_one_line_and_the_last_good_state_is_kept(tmp_pat
     assert message.startswith("cannot write a checkpoint")
     assert "the last one that was written is kept" in message
     assert {p.name for p in (tmp_path / "c").iterdir()} == {FILE, PREVIOUS}
-    _, header, _ = checkpoint._read_last_good(tmp_path / "c")
+    _, header = checkpoint.last_good(tmp_path / "c", checkpoint.read_header)
     assert header["progress"]["step"] == 3
 
 

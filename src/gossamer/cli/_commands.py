@@ -22,6 +22,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard outpu
 Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same plan and weights.")]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Threads of the runtime when latency is measured.")]
 DataOption = Annotated[str, typer.Option("--data", help="Data to evaluate on, and to train on where it has a training split.")]
+ParallelOption = Annotated[
+    str | None, typer.Option("--parallel", help="Under torchrun: ddp, fsdp, tp or pp, with a degree (ddp,2), joined by + (ddp,2+tp,2).")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run in --out.")]
 
 
@@ -68,6 +71,7 @@ def compress(
     calibration: Annotated[str | None, typer.Option("--calibration", help="Data to calibrate with; default: 512 training samples.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     executorch: Annotated[bool, typer.Option("--executorch", help="Also write model.pte and measure it in ExecuTorch.")] = False,
+    parallel: ParallelOption = None,
     resume: Resume = False,
     threads: Threads = 1,
     seed: Seed = 0,
@@ -75,6 +79,7 @@ def compress(
 ) -> None:
     """Compress a trained network, export it, and measure the artefact against the original."""
     from gossamer.cli._console import progress, show
+    from gossamer.cli._train import is_first, parallel_of
     from gossamer.errors import RunFolderError
     from gossamer.flow import compress as run
     from gossamer.flow import plan_only
@@ -91,11 +96,14 @@ def compress(
     }
     if out is None and not dry_run:
         raise RunFolderError("name the run folder with --out, or look at the plan with --dry-run")
-    with progress(quiet=as_json) as tick:
+    degrees = parallel_of(parallel)
+    with progress(quiet=as_json or not is_first()) as tick:
         if dry_run:
             show(plan_only(model, data, progress=tick, **options), as_json=as_json)
             return
-        result = run(model, data, out=out, resume=resume, progress=tick, **options)
+        result = run(model, data, out=out, resume=resume, progress=tick, parallel=degrees, **options)
+    if not is_first():
+        return
     _print_report(result.report, as_json=as_json, folder=out)
 
 
@@ -129,6 +137,7 @@ def train(
     explain_memory: Annotated[
         bool, typer.Option("--explain-memory", help="Print what a step takes, block by block; train nothing.")
     ] = False,
+    parallel: ParallelOption = None,
     workers: Annotated[int, typer.Option("--workers", min=0, help="Processes that read ahead.")] = 0,
     skip_unreadable: Annotated[bool, typer.Option("--skip-unreadable", help="Leave out images that cannot be decoded.")] = False,
     resume: Resume = False,
@@ -137,18 +146,19 @@ def train(
 ) -> None:
     """Train a network on labelled data; an interrupted run continues with --resume to the same weights."""
     from gossamer.cli._console import progress, show
-    from gossamer.cli._train import explain, open_both
+    from gossamer.cli._train import explain, is_first, open_both, parallel_of
     from gossamer.cli._train import train as run
     from gossamer.errors import RunFolderError
 
     if out is None and not explain_memory:
         raise RunFolderError("name the folder with --out, or look at the memory of a step with --explain-memory")
     options: dict[str, Any] = {"optimizer": optimizer, "precision": precision, "memory_budget": memory_budget}
+    degrees = parallel_of(parallel)
     network, found = open_both(model, data, weights=weights, seed=seed, skip_unreadable=skip_unreadable)
     if explain_memory or out is None:
         show(explain(network, found, batch_size=batch_size, **options), as_json=as_json)
         return
-    with progress(quiet=as_json) as tick:
+    with progress(quiet=as_json or not is_first()) as tick:
         summary = run(
             network,
             found,
@@ -161,8 +171,11 @@ def train(
             resume=resume,
             seed=seed,
             progress=tick,
+            parallel=degrees,
             **options,
         )
+    if summary is None:
+        return
     if as_json:
         show(summary, as_json=True)
     else:

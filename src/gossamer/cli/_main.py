@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 from gossamer.cli._commands import app
@@ -18,7 +19,9 @@ def main(argv: list[str] | None = None) -> None:
         message = " ".join(str(e).split())
         if "--json" in arguments:
             print(json.dumps({"error": message, "kind": type(e).__name__}))
-        print(f"gossamer: {message}", file=sys.stderr)
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        who = f"gossamer, process {os.environ.get('RANK', '0')} of {processes}" if processes > 1 else "gossamer"
+        print(f"{who}: {message}", file=sys.stderr)
         sys.exit(e.exit_code)
     except KeyboardInterrupt:
         print("gossamer: interrupted; a compress or train run continues with --resume", file=sys.stderr)

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import math
+import os
+import re
+import shlex
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from gossamer.errors import RunFolderError, SourceError
+from gossamer.errors import RunFolderError, SourceError, UsageError
 from gossamer.flow.job import Progress, check_folder
 from gossamer.run_folder import save_weights
 from gossamer.sources import Data
+
+if TYPE_CHECKING:
+    from gossamer.parallel import Parallel
 
 
 def open_both(model: str, data: str, *, weights: Path | None, seed: int, skip_unreadable: bool) -> tuple[nn.Module, Data]:
@@ -42,11 +50,15 @@ def train(
     seed: int,
     progress: Progress | None,
     **options: Any,
-) -> dict[str, Any]:
-    """Train and write ``model.safetensors`` and ``log.jsonl`` into ``out``; returns what was reached on held-out data."""
+) -> dict[str, Any] | None:
+    """Train and write ``model.safetensors`` and ``log.jsonl`` into ``out``; returns what was reached on held-out data.
+
+    None in all processes of a parallel training but the first: only that one writes and prints.
+    """
     from gossamer.profiling import evaluate
     from gossamer.training import fit
 
+    resume = resume or was_restarted()
     folder = check_folder(out, resume=resume)
     if (folder / "model.safetensors").exists():
         raise RunFolderError(f"{folder} is already trained: name another folder with --out")
@@ -60,6 +72,8 @@ def train(
         progress=(lambda done, total: progress("train", done, total)) if progress else None,
         **options,
     )
+    if not is_first():
+        return None
     reached = evaluate(result.model, data.loader("val", batch_size=64), runtime="torch")
     path = save_weights(result.model, folder / "model.safetensors")
     assert reached.accuracy is not None
@@ -68,3 +82,30 @@ def train(
     if result.memory is not None:
         summary["peak_bytes"] = result.memory.peak_bytes
     return summary
+
+
+def parallel_of(text: str | None) -> Parallel | None:
+    """What ``--parallel`` asks for; UsageError with the command to type where torchrun started no processes."""
+    if text is None:
+        return None
+    from gossamer.parallel import Parallel
+
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        degrees = [int(n) for n in re.findall(r",\s*(\d+)", text)]
+        n = max(2, math.prod(degrees))
+        Parallel.parse(text, world=n)
+        raise UsageError(
+            f"--parallel {text} needs several processes, which torchrun starts: "
+            f"torchrun --nproc-per-node {n} -m gossamer {shlex.join(sys.argv[1:])}"
+        )
+    return Parallel.parse(text)
+
+
+def is_first() -> bool:
+    """Whether this is the only process, or the first of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def was_restarted() -> bool:
+    """Whether torchrun started this process again after one was lost: training then continues from its last checkpoint."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

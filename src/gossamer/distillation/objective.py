@@ -107,6 +107,12 @@ class Distillation:
         """Told before each step how much of the training, in [0, 1], is done: schedules follow it."""
         self.done = done
 
+    def divide(self, rank: int) -> None:
+        """Called in each process of a parallel training: a cache is then a folder of its own, which no other process writes."""
+        if self.caches:
+            folders = [cache.folder / f"process-{rank}" for cache in self.caches]
+            self.caches = [TeacherCache(folder, teacher) for folder, teacher in zip(folders, self.teachers, strict=True)]
+
     def teach(self, batch: Batch, which: int = 0) -> Tensor:
         """A teacher's logits, on the device and in the memory layout of the batch."""
         if self.caches:

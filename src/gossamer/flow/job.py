@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from gossamer.result import ExampleInputs
 from gossamer.sources import Data, LoadedModel, load_data, load_model
 from gossamer.sources.batches import call, check_inputs, outputs
 from gossamer.sources.folders import collate
+
+if TYPE_CHECKING:
+    from gossamer.parallel import Parallel
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 CALIBRATION_SAMPLES = 512  # taken from a training split where no calibration data is named
@@ -36,6 +39,7 @@ class Job:
         warnings: what the user must know before reading any figure.
         preprocessing: in words, what images go through; None where it is not known.
         executorch: whether a ``.pte`` file is wanted, too.
+        parallel: how steps that train are split over processes; None trains in one.
     """
 
     model: nn.Module
@@ -52,6 +56,7 @@ class Job:
     warnings: tuple[str, ...]
     preprocessing: str | None = None
     executorch: bool = False
+    parallel: Parallel | None = None
 
     def recipe_name(self) -> str:
         """The recipe as one line."""
@@ -85,6 +90,7 @@ def resolve(
     seed: int = 0,
     threads: int = 1,
     executorch: bool = False,
+    parallel: Parallel | None = None,
 ) -> Job:
     """Turn what the caller gave into a `Job`, or say in one line what is wrong with it."""
     if executorch:
@@ -140,6 +146,7 @@ def resolve(
         warnings=tuple(warnings),
         preprocessing=" ".join(str(transform).split()) if transform is not None else None,
         executorch=executorch,
+        parallel=parallel,
     )
 
 

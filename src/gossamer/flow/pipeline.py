@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -19,11 +20,15 @@ from gossamer.flow.job import Job, Progress, check_folder, resolve
 from gossamer.flow.ladder import candidates, violation
 from gossamer.flow.measure import Original, export_original, measure
 from gossamer.flow.steps import run_step
+from gossamer.flow.together import BEGUN, announce, check_parallel, follow, follow_begin, rank, trains
 from gossamer.plan import Plan, input_specs
 from gossamer.recipe import Budget, Fit, Recipe
 from gossamer.report.schema import Frozen, Report, StepReport
 from gossamer.result import ExampleInputs, Profile, Proof, Result
 from gossamer.run_folder import ONNX, REPORT, environment, load_weights, read_json, save_result, save_weights, write_bytes, write_text
+
+if TYPE_CHECKING:
+    from gossamer.parallel import Parallel
 
 
 def compress(
@@ -41,6 +46,7 @@ def compress(
     executorch: bool = False,
     resume: bool = False,
     progress: Progress | None = None,
+    parallel: Parallel | None = None,
 ) -> Result:
     """Compress a trained network, export it, and measure the artefact against the original in ONNX Runtime.
 
@@ -67,9 +73,10 @@ def compress(
         executorch: also write ``model.pte`` and measure it in ExecuTorch (needs the extra ``gossamer[executorch]``).
         resume: continue an interrupted run in ``out``; it ends in the same artefact.
         progress: called with stage, done, total.
+        parallel: train the recipe's steps in several processes, which torchrun starts (see `gossamer.fit`). The first of them does all else.
 
     Returns:
-        A `Result`; ``.report`` holds what ``report.json`` holds.
+        A `Result`; ``.report`` holds what ``report.json`` holds (None in all processes but the first).
 
     Raises:
         UsageError: bad input; nothing has been written.
@@ -86,7 +93,13 @@ def compress(
         seed=seed,
         threads=threads,
         executorch=executorch,
+        parallel=parallel,
     )
+    if parallel is not None:
+        check_parallel(job, out)
+        resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+        if rank() > 0:
+            return _accompany(job, Path(str(out)))
     with _workplace(out, resume=resume) as folder:
         return _run(job, folder, progress)
 
@@ -141,6 +154,25 @@ def _run(job: Job, folder: Path, progress: Progress | None) -> Result:
     return best.result.with_(report=best.report.model_dump(mode="json"))
 
 
+def _accompany(job: Job, folder: Path) -> Result:
+    """What all processes but the first do: train with it, and take every finished step from its checkpoint."""
+    assert job.recipe is not None
+    plan, network, before = Plan(inputs=input_specs(job.example_inputs)), job.model, _profile(job)[0]
+    profile = before
+    for i, step in enumerate(job.recipe.steps):
+        place = _place(folder / "checkpoints" / "candidate-1", i, step)
+        if trains(step) and not (place / "step.json").exists():
+            follow_begin(place)
+            run_step(step, network, plan, profile, job, folder=place, progress=None)
+        follow(place, "step.json")
+        plan, network, profile, _, _ = _load_step(job, plan, network, place)
+    return Result(model=network.eval(), plan=plan, before=before, after=profile, example_inputs=job.example_inputs, source=job.source)
+
+
+def _place(folder: Path, i: int, step: Any) -> Path:
+    return folder / f"{i + 1}-{step.kind}"
+
+
 @dataclass(frozen=True)
 class _Candidate:
     recipe: Recipe
@@ -157,8 +189,10 @@ def _attempt(job: Job, recipe: Recipe, original: Original, folder: Path, progres
     notes: list[str] = []
     proof: Proof | None = None
     for i, step in enumerate(recipe.steps):
-        place = folder / f"{i + 1}-{step.kind}"
+        place = _place(folder, i, step)
         if not (place / "step.json").exists():
+            if job.parallel is not None and trains(step):
+                announce(place)
             started = time.perf_counter()
             result = run_step(step, network, plan, profile, job, folder=place, progress=progress)
             row = StepReport(
@@ -209,6 +243,7 @@ def _save_step(result: Result, row: StepReport, place: Path) -> None:
     }
     write_text(place / "step.json", json.dumps(record) + "\n")
     shutil.rmtree(place / "training", ignore_errors=True)
+    (place / BEGUN).unlink(missing_ok=True)
 
 
 def _load_step(job: Job, plan: Plan, network: nn.Module, place: Path) -> tuple[Plan, nn.Module, Profile, StepReport, Proof | None]:

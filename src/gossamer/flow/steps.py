@@ -126,7 +126,9 @@ def _prune(step: Prune, model: nn.Module, job: Job, tick: Callable[[int, int], N
         if not step.epochs:
             return network
         training: Any = job.training
-        return distill(network, job.model, training, epochs=step.epochs, lr=step.lr, seed=job.seed + number).model.eval()
+        return distill(
+            network, job.model, training, epochs=step.epochs, lr=step.lr, seed=job.seed + number, parallel=job.parallel
+        ).model.eval()
 
     return prune_in_steps(model, job.example_inputs, schedule=step.schedule, steps=step.steps, recover=recover, **options)
 
@@ -159,6 +161,7 @@ def _sparsify(step: Sparsify, model: nn.Module, job: Job, folder: Path | None, t
         seed=job.seed,
         progress=tick,
         train=lambda network, data, **more: distill(network, job.model, data, **more),
+        parallel=job.parallel,
         **_kept_in(folder),
         **options,
     )
@@ -197,6 +200,7 @@ def _qat(
         accumulate=step.accumulate,
         seed=job.seed,
         progress=tick,
+        parallel=job.parallel,
         **quantised,
         **_kept_in(folder),
     )
@@ -231,6 +235,7 @@ def _train(step: Fit, model: nn.Module, plan: Plan, before: Profile, job: Job, f
         "penalty_weight": step.penalty_weight,
         "seed": job.seed,
         "progress": tick,
+        "parallel": job.parallel,
     } | _kept_in(folder)
     if isinstance(step, Distill):
         from gossamer.distillation import Feature, distill

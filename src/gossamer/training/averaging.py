@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -41,9 +40,9 @@ class Best:
         sign = -1 if any(word in self.monitor for word in ("loss", "mse", "mae", "error")) else 1
         return all(sign * record[self.monitor] > sign * earlier[self.monitor] for earlier in history)
 
-    def keep(self, model: nn.Module) -> None:
-        """Copy the weights."""
-        self.state = {k: v.detach().to(torch.device("cpu"), copy=True) for k, v in model.state_dict().items()}
+    def keep(self, state: dict[str, Tensor]) -> None:
+        """Keep these weights, which are the caller's copy."""
+        self.state = state
 
     def epoch(self, history: list[dict[str, Any]]) -> int:
         """The best epoch, from 1."""

@@ -6,7 +6,9 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,12 @@ FILE = "training.safetensors"
 """The last checkpoint in a folder."""
 PREVIOUS = "training.previous.safetensors"
 """The one before it, in case the last is damaged."""
+SHARDS = "training.shards"
+"""The last checkpoint that several processes wrote: a folder of safetensors files."""
+PREVIOUS_SHARDS = "training.previous.shards"
+"""The one before it."""
+DAMAGE = (OSError, SafetensorError, KeyError, TypeError, ValueError)
+"""What reading a damaged checkpoint raises."""
 
 
 @dataclass
@@ -71,7 +79,21 @@ class Parts:
 
 def exists(folder: Path) -> bool:
     """Whether ``folder`` holds a checkpoint."""
-    return (folder / FILE).is_file() or (folder / PREVIOUS).is_file()
+    return bool(found_in(folder))
+
+
+def found_in(folder: Path) -> list[Path]:
+    """The checkpoints in ``folder``, the last one first; those whose progress cannot be read come before all others."""
+    paths = [folder / name for name in (FILE, SHARDS, PREVIOUS, PREVIOUS_SHARDS) if (folder / name).exists()]
+    return sorted(paths, key=_age)
+
+
+def _age(path: Path) -> tuple[int, int]:
+    try:
+        progress = read_header(path)["progress"]
+        return -int(progress["epoch"]), -int(progress["step"])
+    except DAMAGE:
+        return (-(2**62), 0)
 
 
 def save(folder: Path, parts: Parts, progress: Progress, settings: dict[str, Any]) -> None:
@@ -92,20 +114,14 @@ def save(folder: Path, parts: Parts, progress: Progress, settings: dict[str, Any
     for key, module in parts.modules.items():
         tensors |= {f"{key}.{name}": tensor for name, tensor in state_of(module).items()}
     tensors |= {f"best.{name}": tensor.clone().contiguous() for name, tensor in parts.best.items()}
-    scalars: dict[str, Any] = {}
-    for index, parameter in enumerate(_parameters(parts.optimizer)):
-        for key, value in parts.optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{index}.{key}"] = value.detach().to("cpu", copy=True).contiguous()
-            else:
-                scalars[f"{index}.{key}"] = value
+    states, scalars = optimizer_state(parts)
+    tensors |= {f"optimizer.{name}": value.detach().to("cpu", copy=True).contiguous() for name, value in states.items()}
     if progress.step:
         tensors["random.cpu"] = torch.get_rng_state()
         device = _device(parts.model)
         if device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state(device)
-    scaler = parts.scaler.state_dict() if parts.scaler is not None else None
-    header = json.dumps({"progress": asdict(progress), "settings": settings, "optimizer": scalars, "scaler": scaler})
+    header = json.dumps(header_of(parts, progress, settings, scalars))
     temporary = folder / f".{FILE}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -114,11 +130,39 @@ def save(folder: Path, parts: Parts, progress: Progress, settings: dict[str, Any
             os.fsync(f.fileno())
         if (folder / FILE).exists():
             os.replace(folder / FILE, folder / PREVIOUS)
+            for name in (SHARDS, PREVIOUS_SHARDS):
+                shutil.rmtree(folder / name, ignore_errors=True)
         os.replace(temporary, folder / FILE)
     except (OSError, SafetensorError) as e:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise RunFolderError(f"cannot write a checkpoint into {folder}: {e}; the last one that was written is kept") from None
+
+
+def header_of(parts: Parts, progress: Progress, settings: dict[str, Any], scalars: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint holds besides tensors; ``scalars`` are those of the optimiser."""
+    scaler = parts.scaler.state_dict() if parts.scaler is not None else None
+    return {"progress": asdict(progress), "settings": settings, "optimizer": scalars, "scaler": scaler}
+
+
+def optimizer_state(parts: Parts) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and scalars of an optimiser's state, by the name of the parameter and of the state: ``"model.head.bias/exp_avg"``."""
+    names = {id(p): name for name, p in named_parameters(parts).items()}
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, Any] = {}
+    for parameter in _parameters(parts.optimizer):
+        for key, value in parts.optimizer.state.get(parameter, {}).items():
+            (tensors if isinstance(value, Tensor) else scalars)[f"{names[id(parameter)]}/{key}"] = value
+    return tensors, scalars
+
+
+def named_parameters(parts: Parts) -> dict[str, Tensor]:
+    """The parameters of the network and of what is trained with it, by name."""
+    found: dict[str, Tensor] = {f"model.{name}": p for name, p in parts.model.named_parameters()}
+    for key, module in parts.modules.items():
+        if key != "ema":
+            found |= {f"{key}.{name}": p for name, p in module.named_parameters()}
+    return found
 
 
 def restore(folder: Path, parts: Parts, settings: dict[str, Any]) -> tuple[Progress, dict[str, Tensor]]:
@@ -130,12 +174,26 @@ def restore(folder: Path, parts: Parts, settings: dict[str, Any]) -> tuple[Progr
         settings: of this run.
 
     Returns:
-        How far it is, and the states of the random generators (``cpu``, ``cuda``) where an epoch had begun.
+        How far it is, and the states of the random generators where an epoch had begun: ``cpu``, ``cuda``, and ``cpu.RANK`` of processes.
 
     Raises:
         RunFolderError: no file is readable, or it was made with other settings or another network.
     """
-    path, header, tensors = _read_last_good(folder)
+    path, (header, tensors) = last_good(folder, _read)
+    progress = agreed_progress(path, header, settings)
+    try:
+        fill(parts.model, _part(tensors, "model."), where=str(path))
+        for key, module in parts.modules.items():
+            fill(module, _part(tensors, f"{key}."), where=str(path))
+    except WeightsError as e:
+        raise RunFolderError(f"{path} was made with another network: {e}") from None
+    fill_optimizer(parts, _part(tensors, "optimizer."), header)
+    parts.best.update(_part(tensors, "best."))
+    return progress, _part(tensors, "random.")
+
+
+def agreed_progress(path: Path, header: dict[str, Any], settings: dict[str, Any]) -> Progress:
+    """How far a checkpoint is; RunFolderError where it was made with other settings."""
     try:
         progress = Progress(**header["progress"])
         theirs = header["settings"]
@@ -146,17 +204,7 @@ def restore(folder: Path, parts: Parts, settings: dict[str, Any]) -> tuple[Progr
     if differ:
         detail = ", ".join(f"{k} is {theirs.get(k)!r} there and {settings.get(k)!r} here" for k in differ[:3])
         raise RunFolderError(f"{path} cannot be resumed with other settings: {detail}; use the same, or another folder")
-    try:
-        fill(parts.model, _part(tensors, "model."), where=str(path))
-        for key, module in parts.modules.items():
-            fill(module, _part(tensors, f"{key}."), where=str(path))
-    except WeightsError as e:
-        raise RunFolderError(f"{path} was made with another network: {e}") from None
-    _restore_optimizer(parts.optimizer, _part(tensors, "optimizer."), header["optimizer"])
-    if parts.scaler is not None and header.get("scaler"):
-        parts.scaler.load_state_dict(header["scaler"])
-    parts.best.update(_part(tensors, "best."))
-    return progress, _part(tensors, "random.")
+    return progress
 
 
 def checksum(header: str, tensors: dict[str, Tensor]) -> str:
@@ -181,39 +229,79 @@ def check_finite(model: nn.Module) -> None:
             raise UsageError(f"{name} became NaN or infinite: no checkpoint was written over the last good one; lower lr")
 
 
-def _read_last_good(folder: Path) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
-    """The newest checkpoint whose checksum holds, its header and its tensors."""
+def read_header(path: Path) -> dict[str, Any]:
+    """All of a checkpoint that is not a tensor; one of `DAMAGE` where it cannot be read."""
+    if path.is_dir():
+        from gossamer.training import sharded
+
+        return sharded.read_header(path)
+    with safe_open(path, "pt") as f:
+        header: dict[str, Any] = json.loads((f.metadata() or {})["gossamer"])
+    return header
+
+
+def last_good(folder: Path, read: Callable[[Path], Any]) -> tuple[Path, Any]:
+    """The newest checkpoint that can be read, and what ``read``, which raises `DAMAGE`, made of it."""
     damaged = ""
-    for name in (FILE, PREVIOUS):
-        path = folder / name
-        if not path.is_file():
-            continue
+    for path in found_in(folder):
         try:
-            with safe_open(path, "pt") as f:
-                metadata = f.metadata() or {}
-                tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-            if checksum(metadata["gossamer"], tensors) != metadata["checksum"]:
-                raise ValueError("its checksum does not hold")
-            header = json.loads(metadata["gossamer"])
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as e:
+            found = read(path)
+        except DAMAGE as e:
             damaged = damaged or f"{path} is damaged or of another version ({e})"
             continue
         if damaged:
-            warnings.warn(f"{damaged}: continuing from the checkpoint before it", stacklevel=4)
-        return path, header, tensors
+            warnings.warn(f"{damaged}: continuing from the checkpoint before it", stacklevel=5)
+        return path, found
     raise RunFolderError(f"{damaged}, and there is no good one before it; remove it to start again")
 
 
-def _restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
+def verify(path: Path) -> None:
+    """One of `DAMAGE` where a checkpoint's checksum does not hold."""
+    if path.is_dir():
+        from gossamer.training import sharded
+
+        sharded.verify(path)
+    else:
+        _read(path)
+
+
+def shapes_of(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each tensor in a checkpoint, by name."""
+    if path.is_dir():
+        from gossamer.training import sharded
+
+        return sharded.shapes_of(path)
+    with safe_open(path, "pt") as f:
+        return {n: (tuple(f.get_tensor(n).shape), f.get_tensor(n).dtype) for n in f.keys()}  # noqa: SIM118
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The header and the tensors of a checkpoint whose checksum holds."""
+    if path.is_dir():
+        from gossamer.training import sharded
+
+        sharded.verify(path)
+        return sharded.read_header(path), sharded.read_whole(path)
+    with safe_open(path, "pt") as f:
+        metadata = f.metadata() or {}
+        tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    if checksum(metadata["gossamer"], tensors) != metadata["checksum"]:
+        raise ValueError("its checksum does not hold")
+    return json.loads(metadata["gossamer"]), tensors
+
+
+def fill_optimizer(parts: Parts, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
     """As each optimiser made it, of its own type: ``load_state_dict`` would turn 8-bit state into floats."""
-    parameters = _parameters(optimizer)
+    optimizer, parameters = parts.optimizer, named_parameters(parts)
     fused = {id(p) for g in optimizer.param_groups if g.get("fused") or g.get("capturable") for p in g["params"]}
-    for name, value in (*tensors.items(), *scalars.items()):
-        index, _, key = name.partition(".")
-        parameter = parameters[int(index)]
+    for name, value in (*tensors.items(), *header["optimizer"].items()):
+        owner, _, key = name.rpartition("/")
+        parameter = parameters[owner]
         if isinstance(value, Tensor) and (key != "step" or id(parameter) in fused):
             value = value.to(parameter.device)
         optimizer.state[parameter][key] = value
+    if parts.scaler is not None and header.get("scaler"):
+        parts.scaler.load_state_dict(header["scaler"])
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

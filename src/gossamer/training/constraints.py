@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +36,21 @@ class HeldZeros:
     def __call__(self, model: nn.Module) -> None:
         parameters = dict(model.named_parameters())
         for name, kept in self._masks.items():
-            p = parameters[name]
-            if kept.device != p.device or kept.stride() != p.stride():  # once, on the device and in the layout of training
-                kept = self._masks[name] = torch.empty_like(p, dtype=torch.bool).copy_(kept)
-            p.detach().mul_(kept)
+            p = parameters[name].detach()
+            own = p.to_local() if hasattr(p, "to_local") else p  # of a weight that processes divide among them, the part of this one
+            if kept.device != own.device or kept.stride() != own.stride() or kept.shape != own.shape:
+                kept = self._masks[name] = _as(kept, p)  # once, on the device and in the layout of training
+            own.mul_(kept)
+
+
+def _as(kept: Tensor, p: Any) -> Tensor:
+    """A mask on the device of a weight and laid out as it is, or its part where the weight is one."""
+    if hasattr(p, "to_local"):
+        from torch.distributed.tensor import distribute_tensor
+
+        mesh, placements = p.device_mesh, p.placements
+        return distribute_tensor(kept.to(p.device), mesh, placements, src_data_rank=None).to_local()
+    return torch.empty_like(p, dtype=torch.bool).copy_(kept)
 
 
 def held_by(plan: Plan, network: nn.Module) -> HeldZeros | None:

@@ -73,11 +73,12 @@ class Epoch:
             state.seconds = time.perf_counter() - started
             made, over = -(-state.step // self.accumulate), state.step >= self.batches
             due = self.every is not None and made % self.every == 0
-            if self.folder is not None and not over and (due or self.stop.set):
+            stop = self.folder is not None and not over and run.placement.any(self.stop.set)
+            if self.folder is not None and not over and (due or stop):
                 self.save()
             if self.progress is not None:
                 self.progress(min(state.epoch * steps + made, run.total), run.total)
-            if self.stop.set and self.folder is not None and not over:
+            if stop and self.folder is not None:
                 raise TrainingStopped(self.folder)
         if state.samples == 0:
             raise SourceError(f"the data is empty in epoch {state.epoch + 1}: it must be readable again and again")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,21 @@ from gossamer.result import ExampleInputs
 from gossamer.sources.batches import Batch, split
 
 
+@dataclass(frozen=True)
+class Part:
+    """One process's part of a batch.
+
+    Attributes:
+        raw: a batch of its samples; where none are its own, a sample of another's that counts nothing.
+        n: samples that count.
+        total: samples of the whole batch.
+    """
+
+    raw: Any
+    n: int
+    total: int
+
+
 def take_apart(raw: Any, example_inputs: ExampleInputs) -> Batch:
     """A batch taken apart; where nothing says how many items are inputs, all but the last are.
 
@@ -24,6 +40,8 @@ def take_apart(raw: Any, example_inputs: ExampleInputs) -> Batch:
         >>> len(batch.args), batch.target
         (2, tensor([0, 1]))
     """
+    if isinstance(raw, Part):
+        raw = raw.raw
     if example_inputs is None:
         several = isinstance(raw, tuple | list) and not (raw and isinstance(raw[0], dict))
         example_inputs = (None,) * max(1, len(raw) - 1 if several else 1)
@@ -52,16 +70,31 @@ def count_batches(data: Iterable[Any]) -> int:
 
 def seed_epoch(data: Any, seed: int, epoch: int, device: torch.device) -> None:
     """Seed torch, the data's own generators and its sampler, from ``(seed, epoch)`` alone."""
-    mixed = int.from_bytes(hashlib.sha256(f"{seed}/{epoch}".encode()).digest()[:7], "little")
-    torch.default_generator.manual_seed(mixed)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(mixed)
+    mixed = mix(seed, epoch)
+    seed_torch(mixed, device)
     for generator in generators_of(data):
         generator.manual_seed(mixed)
     sampler = getattr(data, "sampler", None)
     if hasattr(sampler, "set_epoch"):
         sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+
+def mix(*parts: int) -> int:
+    """One seed from several numbers.
+
+    Example:
+        >>> mix(0, 1) == mix(0, 1), mix(0, 1) == mix(1, 0)
+        (True, False)
+    """
+    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:7], "little")
+
+
+def seed_torch(seed: int, device: torch.device) -> None:
+    """Seed torch's generators of the CPU and of a device."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
 
 
 def generators_of(data: Any) -> Iterator[torch.Generator]:

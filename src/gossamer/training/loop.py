@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from gossamer.training.averaging import Best, make_average
 from gossamer.training.checkpoint import Parts, Progress
 from gossamer.training.constraints import Constraints, chained
 from gossamer.training.epoch import Epoch
-from gossamer.training.feeding import count_batches, own_randomness, seed_epoch
+from gossamer.training.feeding import count_batches, own_randomness
 from gossamer.training.interruption import TrainingStopped, stop_on_sigterm
 from gossamer.training.layout import set_layout
 from gossamer.training.metrics import as_metrics
@@ -27,12 +27,16 @@ from gossamer.training.objectives import as_objective, name_of
 from gossamer.training.optimizers import make_optimizer, state_bytes
 from gossamer.training.options import FitOptions, FitResult, Metrics, Precision, ProgressHook, check_options
 from gossamer.training.penalties import as_penalty
+from gossamer.training.placement import placed
 from gossamer.training.precision import make_scaler, warn_where_slow
 from gossamer.training.records import append_record, rewrite_records, size_of
 from gossamer.training.rematerialization import MemoryReport, plan_memory
 from gossamer.training.stepping import Stepper
 from gossamer.training.trackers import trackers
 from gossamer.training.validation import validate
+
+if TYPE_CHECKING:
+    from gossamer.parallel import Parallel
 
 
 @overload
@@ -76,6 +80,7 @@ def fit(
     measure_memory: bool = False,
     optimizer_in_backward: bool = False,
     after_step: Callable[[nn.Module], None] | None = None,
+    parallel: Parallel | None = None,
 ) -> FitResult | Result:
     """Train a copy of a network.
 
@@ -131,6 +136,9 @@ def fit(
         optimizer_in_backward: update each parameter as soon as its gradient is there and free it. Not with clipping or accumulation.
         after_step: called with the network in training after each optimiser step, under ``no_grad``; the step's gradients are still there. Where
             it is a module, its state is part of the checkpoints.
+        parallel: over several processes, which torchrun starts: ``Parallel(data=2)``, ``Parallel(data=2, shard=True)``. A batch of ``data`` is
+            the whole batch: each process takes its part, and all of them together compute what one would (see docs/parallel.md). All processes
+            return the same; the first writes files and draws progress.
 
     Returns:
         A `FitResult`; for a `Result`, the `Result` with the trained network in it.
@@ -142,6 +150,7 @@ def fit(
         BudgetError: the memory budget cannot be met; the smallest reachable peak is named.
         RunFolderError: a checkpoint that is already there, does not fit, or cannot be written (a full disk: the last good one stays).
         TrainingStopped: SIGTERM came and the state is saved; a SystemExit with code 0.
+        PeerLost: another process of a parallel training ended.
     """
     network = model.model if isinstance(model, Result) else model
     check_options(
@@ -156,24 +165,41 @@ def fit(
         val=val,
         optimizer_in_backward=optimizer_in_backward,
     )
-    where = next((p.device for p in network.parameters()), torch.device("cpu"))
-    target_device = torch.device(device) if device is not None else where
-    folder = Path(checkpoint) if checkpoint is not None else None
-    if folder is not None and not resume and checkpoints.exists(folder):
-        raise RunFolderError(f"{folder} already holds a checkpoint: continue it with resume=True, or name another folder")
-    warn_where_slow(target_device, precision)
     settings: dict[str, Any] = {"objective": name_of(objective), "epochs": epochs, "lr": lr, "optimizer": optimizer, "warmup": warmup}
     settings |= {"weight_decay": weight_decay, "momentum": momentum, "clip": clip, "seed": seed, "accumulate": accumulate, "ema": ema}
     settings |= {"layer_decay": layer_decay, "precision": precision, "patience": patience, "monitor": monitor}
     settings |= getattr(objective, "settings", {})
     if penalty is not None:
         settings |= {"penalty": penalty if isinstance(penalty, str) else name_of(penalty), "penalty_weight": penalty_weight}
-    with own_randomness(data, target_device), ExitStack() as stack:
+    where = next((p.device for p in network.parameters()), torch.device("cpu"))
+    target_device = torch.device(device) if device is not None else where
+    folder = Path(checkpoint) if checkpoint is not None else None
+    with ExitStack() as stack:
+        placement = stack.enter_context(placed(parallel, target_device))
+        target_device = placement.on(target_device)
+        warn_where_slow(target_device, precision)
+        placement.check(
+            settings | {"memory_budget": memory_budget, "optimizer_in_backward": optimizer_in_backward, "after_step": after_step}
+        )
+        resume = resume or placement.restarted
+        if folder is not None and not resume and checkpoints.exists(folder):
+            raise RunFolderError(f"{folder} already holds a checkpoint: continue it with resume=True, or name another folder")
+        if not placement.first:
+            log, tensorboard, mlflow, progress = None, None, None, None
+        stack.enter_context(own_randomness(data, target_device))
         batches = count_batches(data)
+        data = placement.share(data)
+        val = placement.share(val) if val is not None else None
         settings["steps"] = batches
         steps = -(-batches // accumulate)
         copied = apply_structure(network, []).to(target_device)
         constraints = Constraints(model if isinstance(model, Result) else None, copied)
+
+        def rebuild() -> nn.Module:
+            again = apply_structure(network, []).to(target_device)
+            Constraints(model if isinstance(model, Result) else None, again)
+            return again
+
         run = Stepper(
             model=copied,
             optimizer=None,  # type: ignore[arg-type]
@@ -186,14 +212,16 @@ def fit(
             penalty=as_penalty(penalty, penalty_weight),
             total=epochs * steps,
             channels_last=None if channels_last == "auto" else channels_last,
+            placement=placement,
             precision=precision,
             average=make_average(copied, ema) if ema is not None else None,
             scaler=make_scaler(target_device, precision),
             after_step=chained(constraints.hold, after_step),
         )
         adapters = _prepare(run, data, seed)
+        placement.wrap(run, data, adapters)
         run.optimizer = make_optimizer(
-            copied,
+            run.model,
             name=optimizer,
             lr=lr,
             weight_decay=weight_decay,
@@ -203,16 +231,16 @@ def fit(
         )
         extra_modules = {"ema": run.average, "adapters": adapters, "after_step": after_step if isinstance(after_step, nn.Module) else None}
         best = Best(monitor, patience)
-        parts = Parts(copied, run.optimizer, {k: m for k, m in extra_modules.items() if m is not None}, run.scaler, best.state)
+        parts = Parts(run.model, run.optimizer, {k: m for k, m in extra_modules.items() if m is not None}, run.scaler, best.state)
         state = Progress(log_start=size_of(log) if log is not None else None)
         generators: dict[str, Tensor] = {}
         if folder is not None and resume and checkpoints.exists(folder):
-            state, generators = checkpoints.restore(folder, parts, settings)
+            state, generators = placement.restore(folder, parts, settings)
             best.state = parts.best
             if log is not None:
                 state.log_start = rewrite_records(log, state.log_start, state.history)
         if run.channels_last is not None:
-            set_layout(copied, run.channels_last, optimizer=run.optimizer)
+            set_layout(run.model, run.channels_last, optimizer=run.optimizer)
         memory: MemoryReport | None = None
         if memory_budget is not None or measure_memory:
             memory = stack.enter_context(
@@ -227,18 +255,18 @@ def fit(
         def save() -> None:
             if folder is not None:
                 parts.best = best.state
-                checkpoints.save(folder, parts, state, settings)
+                placement.save(folder, parts, state, settings)
 
         epoch = Epoch(run, data, state, batches, accumulate, save, checkpoint_every, progress, stop, folder)
         started = time.perf_counter() - state.seconds
         judged = as_metrics(metrics)
         while state.epoch < epochs and not best.exhausted(state.history):
-            seed_epoch(data, seed, state.epoch, target_device)
+            placement.seed(data, seed, state.epoch, target_device)
             epoch.train(generators, started)
             generators = {}
             record: dict[str, Any] = {"epoch": state.epoch + 1, "objective": name_of(objective), "loss": state.loss_sum / state.samples}
             record["lr"] = run.optimizer.param_groups[-1]["lr"]
-            current = run.average.module if run.average is not None else copied
+            current = run.average.module if run.average is not None else run.model
             if val is not None:
                 record |= validate(run, current, val, judged)
             if patience is not None:
@@ -247,7 +275,7 @@ def fit(
                         f"monitor={monitor!r} is not measured, these are: {', '.join(k for k in record if k.startswith('val_'))}"
                     )
                 if best.better(record, state.history):
-                    best.keep(current)
+                    best.keep(placement.state(current))
             state.seconds = time.perf_counter() - started
             record["seconds"] = round(state.seconds, 3)
             state.history.append(record)
@@ -256,14 +284,14 @@ def fit(
             if log is not None:
                 append_record(log, record)
             tracked.record(record)
-            if stop.set and folder is not None:
+            if folder is not None and placement.any(stop.set):
                 raise TrainingStopped(folder)
-    trained = run.average.module if run.average is not None else copied
+        trained = placement.whole(run.average.module if run.average is not None else run.model, rebuild)
     if patience is not None:
         trained.load_state_dict(best.state)
     if run.channels_last:
         set_layout(trained, False)
-    copied.zero_grad(set_to_none=True)
+    trained.zero_grad(set_to_none=True)
     codebooks = constraints.release(trained)
     for mine, theirs in zip(trained.modules(), network.modules(), strict=True):
         mine.training = theirs.training
@@ -286,6 +314,7 @@ def _prepare(run: Stepper, data: Iterable[Any], seed: int) -> nn.Module | None:
     holder = run.objective
     if not hasattr(holder, "prepare"):
         return None
-    torch.manual_seed(seed)
-    made: nn.Module | None = holder.prepare(run.model, run.prepare(next(iter(data))))
+    batch = run.prepare(next(iter(data)))
+    torch.manual_seed(seed)  # after the loader, which may draw from torch
+    made: nn.Module | None = holder.prepare(run.model, batch)
     return made

@@ -14,6 +14,7 @@ from gossamer.errors import UsageError
 from gossamer.result import ExampleInputs
 
 if TYPE_CHECKING:
+    from gossamer.parallel import Parallel
     from gossamer.training.rematerialization import MemoryReport
 
 ProgressHook = Callable[[int, int], None]
@@ -32,7 +33,7 @@ class FitResult:
             the start, and ``val_loss``, ``val_accuracy``, ``val_NAME`` of each metric where there is validation data.
         seconds: spent in all sittings.
         steps: optimiser steps that were made.
-        optimizer_state_bytes: of the optimiser's state at the end.
+        optimizer_state_bytes: of the optimiser's state at the end, in this process.
         best_epoch: the epoch whose weights came back, where ``patience`` chose it; None: the last.
         memory: measured peak, and where checkpoints were placed, with ``memory_budget`` or ``measure_memory``.
     """
@@ -88,6 +89,7 @@ class TrainingOptions(TypedDict, total=False):
     measure_memory: bool
     optimizer_in_backward: bool
     after_step: Callable[[nn.Module], None] | None
+    parallel: Parallel | None
 
 
 class FitOptions(TrainingOptions, total=False):

@@ -16,10 +16,11 @@ from torch.utils import _pytree as pytree
 from gossamer.errors import UsageError
 from gossamer.result import ExampleInputs
 from gossamer.sources.batches import Batch
-from gossamer.training.feeding import samples_of, take_apart
+from gossamer.training.feeding import take_apart
 from gossamer.training.layout import lay_out, set_layout, takes_channels_last
 from gossamer.training.objectives import Objective
 from gossamer.training.optimizers import lr_factor, step_in_backward
+from gossamer.training.placement import Placement
 from gossamer.training.precision import autocast
 
 
@@ -37,6 +38,7 @@ class Stepper:
         scaler: of fp16, or None.
         after_step: called with the network after each update, before the average follows.
         channels_last: None until the first batch decides.
+        placement: where the passes are made.
     """
 
     model: nn.Module
@@ -50,6 +52,7 @@ class Stepper:
     penalty: Callable[[nn.Module], Tensor] | None
     total: int
     channels_last: bool | None
+    placement: Placement = field(default_factory=Placement)
     precision: str = "fp32"
     average: AveragedModel | None = None
     scaler: torch.amp.GradScaler | None = None
@@ -73,13 +76,13 @@ class Stepper:
         """The objective on a batch; UsageError where it is not one finite number."""
         with autocast(self.device, self.precision):
             loss = self.objective(self.model, batch)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise UsageError(f"the objective must return one number, not {tuple(loss.shape) if isinstance(loss, Tensor) else type(loss)}")
-        if not math.isfinite(loss.item()):
-            raise UsageError(
-                f"the loss is {loss.item()} at {where}: lower the learning rate (lr={self.lr:g}), clip gradients, or check the data"
-            )
+        self.check_finite(check_one(loss).item(), where)
         return loss
+
+    def check_finite(self, loss: float, where: str) -> None:
+        """UsageError where a loss is NaN or infinite."""
+        if not math.isfinite(loss):
+            raise UsageError(f"the loss is {loss} at {where}: lower the learning rate (lr={self.lr:g}), clip gradients, or check the data")
 
     def backward(self, loss: Tensor, weight: float = 1.0) -> None:
         """Gradients of ``weight`` times the loss and the penalty, added to those that are there."""
@@ -87,7 +90,12 @@ class Stepper:
             loss = loss + self.penalty(self.model)
         if weight != 1:
             loss = loss * weight
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        self.scaled(loss).backward()
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """A loss as the scaler of fp16 wants it."""
+        scaled: Tensor = loss if self.scaler is None else self.scaler.scale(loss)
+        return scaled
 
     def step(self, raws: Sequence[Any], done: int, where: Callable[[int], str]) -> list[tuple[float, int]]:
         """One optimiser step on one or several batches, as if they were one.
@@ -103,12 +111,8 @@ class Stepper:
         self._begin(done)
         found: list[tuple[float, int]] = []
         for position, raw in enumerate(raws):
-            batch = self.prepare(raw)
-            n = samples_of(batch)
-            loss = self.loss_of(batch, where(position))
-            found.append((loss.item(), n))
-            self.backward(loss, n / found[0][1])
-            del loss, batch
+            reference = found[0][1] if found else None
+            found.append(self.placement.learn(self, raw, reference, where(position), last=position == len(raws) - 1))
         if len(found) > 1:
             scale = found[0][1] / sum(n for _, n in found)
             torch._foreach_mul_([p.grad for p in self._parameters() if p.grad is not None], scale)
@@ -141,7 +145,7 @@ class Stepper:
             if self.clip is not None:
                 if self.scaler is not None:
                     self.scaler.unscale_(self.optimizer)
-                torch.nn.utils.clip_grad_norm_(self._parameters(), self.clip)
+                self.placement.clip(self._parameters(), self.clip)
             if self.scaler is not None:
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
@@ -155,3 +159,10 @@ class Stepper:
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+
+def check_one(loss: Any) -> Tensor:
+    """A loss; UsageError where it is not one number."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise UsageError(f"the objective must return one number, not {tuple(loss.shape) if isinstance(loss, Tensor) else type(loss)}")
+    return loss

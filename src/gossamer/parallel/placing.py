@@ -1,0 +1,36 @@
+"""Choose how a training is placed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from gossamer.errors import UsageError
+from gossamer.parallel.mesh import start
+from gossamer.parallel.options import Parallel
+from gossamer.training.placement import Placement
+
+
+@contextmanager
+def place(parallel: Parallel, device: torch.device) -> Iterator[Placement]:
+    """The placement of a training, for as long as it is open.
+
+    Args:
+        parallel: degrees; all of them 1 is one process.
+        device: of the network.
+
+    Raises:
+        UsageError: what `start` raises, or degrees that are not combined.
+        PeerLost: another process ended.
+    """
+    if parallel.world == 1:
+        yield Placement()
+        return
+    with start(parallel, device) as mesh:
+        if parallel.tensor > 1 or parallel.pipeline > 1:
+            raise UsageError("parallel: tensor and pipeline degrees are not there yet")
+        from gossamer.parallel.data import Replicas, Shards
+
+        yield Shards(mesh) if parallel.shard else Replicas(mesh)
