@@ -3,7 +3,8 @@
     python benchmarks/parallel.py --steps 20 --ranks 2
 
 Each process has one thread; two processes share the machine's cores with whatever else runs. Wall and CPU milliseconds are medians over the steps after the
-first three, CPU of the first process. Bytes are what the loopback device sent, per process and step (gloo; everything that a step exchanges). Memory is the
+first three, CPU of the first process. Bytes are what the loopback device sent, per process and step (gloo): run it under ``unshare -n`` with ``ip link set lo up``
+where other programs use that device. Memory is the
 allocator's peak of one process in those steps: weights, gradients, optimiser state and activations. "apart" is the largest difference of any parameter or
 buffer from one process; the row "weights 1e-7 apart" is one process that began so, as a measure of what rounding alone does to this network.
 """
@@ -121,19 +122,21 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3, help="trainings of each kind, interleaved")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     print(f"{processor()}, {os.cpu_count()} cores, torch {torch.__version__}, batch {options.batch} in all, {options.ranks} processes")
     rows = []
     for name in options.networks:
         size = sum(p.numel() for p in network(name).parameters()) * 4 / 1e6
-        runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
+        kinds = {kind: KINDS[kind] for kind in KINDS if kind in options.kinds or kind == "one process"}
+        runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
         for _ in range(options.rounds):
-            for kind, shard in KINDS.items():
+            for kind, shard in kinds.items():
                 ranks = 1 if shard is None else options.ranks
                 runs[kind].append(launch(ranks, name, kind, ranks, options.steps, options.batch, False))
         reference = runs["one process"][0]["state"]
-        for kind, shard in KINDS.items():
+        for kind, shard in kinds.items():
             ranks = 1 if shard is None else options.ranks
             apart = max(float((t.double() - reference[n].double()).abs().max()) for n, t in runs[kind][0]["state"].items())
             memory = launch(ranks, name, kind, ranks, 6, options.batch, True)["peak_mb"]
