@@ -82,7 +82,8 @@ def quantize(
         average_bits: choose each weight's bits, 2 to 8, for the least loss at this average over all entries; a pair is for weights and activations.
         dynamic: without calibration: linear and LSTM layers in 8 bits, their inputs rounded by the range that they have when they run
             (outputs then depend on what else is in a batch), embeddings as 8-bit tables. Outlying features behind layer norms are moved into
-            weights first, by what the norm's parameters say or, with ``calibration``, by what is measured.
+            weights first, by what is measured with ``calibration``; without it on random rows where the network reads its inputs from
+            tables (`gossamer.quantization.drawn`), else by what the norm's parameters say.
         weight_only: without calibration: linear layers in 4 or 8 bits (``weight_bits``) with a step for each ``group_size`` inputs,
             embeddings as 8-bit tables; all arithmetic in float.
         group_size: 32, 64 or 128.
