@@ -281,7 +281,8 @@ def test_rows_drawn_from_tables_show_outliers_without_data():
     moved = {e.tensor: e.factors for e in result.plan if isinstance(e, QuantizeInput)}["body.0.weight"]
     assert sorted(np.argsort(moved)[-2:].tolist()) == [3, 17]
     plain = gs.Plan(
-        edits=tuple(e.model_copy(update={"factors": ()}) if isinstance(e, QuantizeInput) else e for e in result.plan), inputs=result.plan.inputs
+        edits=tuple(e.model_copy(update={"factors": ()}) if isinstance(e, QuantizeInput) else e for e in result.plan),
+        inputs=result.plan.inputs,
     )
     with torch.no_grad():
         want = net(ids, at, scale)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -138,7 +138,7 @@ def _outliers(floating: fx.GraphModule, linear: dict[str, list[fx.Node]], calibr
     ranges: dict[fx.Node, Any] = {}
     if calibration is not None:
         batches = [calibration] if isinstance(calibration, Tensor) else calibration
-        seen = flat_batches(batches, inputs, floating)
+        seen: Iterable[list[Any]] | None = flat_batches(batches, inputs, floating)
     else:
         seen = drawn_inputs(floating, inputs)
     if seen is not None:
