@@ -24,6 +24,7 @@ from gossamer.quantization.training.rounding import RoundedActivation
 
 Progress = Callable[[int, int], None]
 _BATCH = 20
+_BLOCKS, _DIVERGENCE = 0.2, 0.3  # what blocks and the divergence of logits count beside the outputs' error
 _RATES = {"latent": 1e-3, "ratio": 1e-2, "activation": 1e-3, "bias": 3e-3}
 
 
@@ -218,15 +219,14 @@ class _Tapped(fx.Interpreter):
 
 
 def _distance(wanted: tuple[list[Tensor], list[Tensor]], got: tuple[list[Tensor], list[Tensor]]) -> Tensor:
-    """Mean squared error of each block's output over its variance, averaged; of the outputs over their power; divergence where they are logits."""
+    """Squared error of the outputs over their power; a share of each block's over its variance; and of the divergence where outputs are logits."""
     (outputs, blocks), (our_outputs, our_blocks) = wanted, got
-    loss = sum(
-        ((b - a).square().mean() / a.var().clamp(min=1e-20) for a, b in zip(blocks, our_blocks, strict=True)), torch.zeros(())
-    ) / max(1, len(blocks))
+    errors = [(b - a).square().mean() / a.var().clamp(min=1e-20) for a, b in zip(blocks, our_blocks, strict=True)]
+    loss = _BLOCKS * torch.stack(errors).mean() if errors else torch.zeros(())
     for a, b in zip(outputs, our_outputs, strict=True):
         loss = loss + (a - b).square().sum() / a.square().sum().clamp(min=1e-20)
         if a.dim() == 2 and a.shape[1] > 1:
-            loss = loss + (a.softmax(1) * (a.log_softmax(1) - b.log_softmax(1))).sum(1).mean()
+            loss = loss + _DIVERGENCE * (a.softmax(1) * (a.log_softmax(1) - b.log_softmax(1))).sum(1).mean()
     return loss
 
 
