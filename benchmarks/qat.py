@@ -81,6 +81,10 @@ def accuracy(options: argparse.Namespace) -> None:
                 started = time.process_time()
                 result = gs.quantize(net, EXAMPLE, calibration=calibration, weight_bits=w, activation_bits=a)
                 record(f"W{w}A{a} calibrated", seed, result, time.process_time() - started)
+            if str(seed) not in done.get(f"W{w}A{a} gptq", {}):
+                started = time.process_time()
+                result = gs.quantize(net, EXAMPLE, calibration=calibration, weight_bits=w, activation_bits=a, rounding="gptq")
+                record(f"W{w}A{a} gptq", seed, result, time.process_time() - started)
             if str(seed) not in done.get(f"W{w}A{a} trained", {}):
                 started = time.process_time()
                 result = gs.qat(
@@ -96,9 +100,9 @@ def accuracy(options: argparse.Namespace) -> None:
                 )
                 record(f"W{w}A{a} trained", seed, result, time.process_time() - started)
     print(f"\n{processor()}, torch {torch.__version__}, {options.samples} samples, {options.epochs} epochs at lr {options.lr}")
-    print("| weights, activations | calibrated | trained |\n|---|---|---|")
+    print("| weights, activations | calibrated | calibrated, gptq | trained |\n|---|---|---|---|")
     for name in ["float", *(f"W{w}A{a}" for w, a in SETTINGS)]:
-        cells = [done.get(n, {}) for n in ((name,) if name == "float" else (f"{name} calibrated", f"{name} trained"))]
+        cells = [done.get(n, {}) for n in ((name,) if name == "float" else (f"{name} {k}" for k in ("calibrated", "gptq", "trained")))]
         print(f"| {name} | " + " | ".join(" ".join(f"{v:.2%}" for v in c.values()) for c in cells) + " |")
 
 

@@ -166,14 +166,15 @@ def _refit(
     codes, step = tensor_at(quantised, name), tensor_at(quantised, name + "_step")
     w_GRK = shape.rows(w)
     s_GR = step.expand(w.shape[0]).reshape(shape.groups, shape.outputs).clone()
+    kept_GRK = None if bool(w.all()) else w_GRK != 0  # zeros of a mask stay
     seen = watch(shape, w_GRK, x, q, beside)
     w_GRK, _ = target(w_GRK, seen)
     h_GKK = damped(torch.stack([s.h_GKK for s in seen]).mean(0))
-    fit = adaround if rounding == "adaround" else gptq
-    q_GRK = descend(w_GRK, fit(w_GRK, h_GKK, s_GR, bits), h_GKK, s_GR, bits)
+    q_GRK = adaround(w_GRK, h_GKK, s_GR, bits) if rounding == "adaround" else gptq(w_GRK, h_GKK, s_GR, bits, kept_GRK)
+    q_GRK = descend(w_GRK, q_GRK if kept_GRK is None else q_GRK * kept_GRK, h_GKK, s_GR, bits, kept_GRK)
     for _ in range(_REFIT if bits < 8 and step.dim() else 0):
         s_GR = fitted_steps(w_GRK, q_GRK, h_GKK, s_GR)
-        q_GRK = descend(w_GRK, q_GRK, h_GKK, s_GR, bits)
+        q_GRK = descend(w_GRK, q_GRK, h_GKK, s_GR, bits, kept_GRK)
     if bits < 8 and step.dim():
         _restep(quantised, name, s_GR.flatten())
     low, fitted = limits(bits, True)[0], q_GRK.reshape(w.shape)
