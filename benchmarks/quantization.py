@@ -29,9 +29,11 @@ ENDS = {"mobilenet_v2": ("features.0.0", "classifier.1"), "efficientnet_lite0": 
 INTEGER = ("QLinearConv", "QGemm", "MatMulInteger", "QLinearMatMul")
 
 
-def settings(network: str) -> dict[str, dict[str, Any]]:
+def settings(task: Task) -> dict[str, dict[str, Any]]:
     """What `gossamer.quantize` is asked for in each row of its own."""
-    four: dict[str, Any] = {"weight_bits": {**dict.fromkeys(ENDS[network], 8), "*": 4}, "target": "vnni"}
+    four: dict[str, Any] = {"weight_bits": {**dict.fromkeys(ENDS[task.name], 8), "*": 4}, "target": "vnni"}
+    sizes = {n.removesuffix(".weight"): p.numel() for n, p in task.model.named_parameters() if p.dim() > 1}
+    same = sum(n * (8 if name in ENDS[task.name] else 4) for name, n in sizes.items()) / sum(sizes.values())
     return {
         "w8a8 vnni": {"target": "vnni", "rounding": "gptq"},
         "w8a8 avx2": {"target": "avx2", "rounding": "gptq"},
@@ -43,7 +45,8 @@ def settings(network: str) -> dict[str, dict[str, Any]]:
         "w4a8 gptq": four | {"rounding": "gptq"},
         "w4a8 gptq plain": four | {"rounding": "gptq", "equalize": False},
         "w4a8 adaround": four | {"rounding": "adaround"},
-        "average 4": {"target": "vnni", "average_bits": 4, "rounding": "gptq"},
+        "mixed of w4a8's size": {"target": "vnni", "average_bits": same, "rounding": "gptq", "equalize": False},
+        "average 4": {"target": "vnni", "average_bits": 4, "rounding": "gptq", "equalize": False},
         "w8a16": {"target": "vnni", "activation_bits": 16, "rounding": "gptq"},
     }
 
@@ -61,7 +64,7 @@ def ours(task: Task, options: dict[str, Any]) -> Callable[[Path, Path], str]:
 
 def table(task: Task, chosen: list[str]) -> None:
     """Files side by side; then networks of peers that write none."""
-    makers = {name: ours(task, options) for name, options in settings(task.name).items()} | _peers.files(task)
+    makers = {name: ours(task, options) for name, options in settings(task).items()} | _peers.files(task)
     networks = _peers.networks(task)
     chosen = chosen or [*makers, *networks]
     if unknown := [r for r in chosen if r not in makers and r not in networks]:
@@ -112,7 +115,7 @@ def main() -> None:
     task, chosen = load(args), [r for r in args.rows.split(",") if r]
     if args.what == "table":
         return table(task, chosen)
-    known = settings(task.name)
+    known = settings(task)
     for name in chosen or ["w4a8 gptq plain"]:
         if name not in known:
             sys.exit(f"unknown row {name!r}, known are {list(known)}")
