@@ -180,7 +180,7 @@ def _static(
     activation_bits = options.activation_bits if isinstance(options.activation_bits, int) else 8
     if options.equalize:
         absorbed = absorb_biases(floating, find_wires(floating), observer.channels)
-        rescaled, note = equalize_where_it_helps(floating, points, observer.channels, bits, activation_bits, leaves)
+        rescaled, note = equalize_where_it_helps(floating, points, observer.channels, bits, activation_bits, leaves, options.rounding)
         notes.append(note)
         if absorbed:
             notes.append(f"biases of {absorbed} layers absorbed by the layers that read them")
