@@ -57,7 +57,7 @@ def ours(task: Task, options: dict[str, Any]) -> Callable[[Path, Path], str]:
     def write(_: Path, path: Path) -> str:
         result = gs.quantize(task.model, EXAMPLE, calibration=task.calibration, **options)
         gs.export(result, path)
-        return "; ".join(n for n in result.notes if n.startswith(("equalised", "weights take", "measured", "learned")))
+        return "; ".join(n for n in result.notes if n.startswith(("equalised", "weights take", "measured")))
 
     return write
 

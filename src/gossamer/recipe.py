@@ -227,9 +227,6 @@ class Quantize(_Step):
     granularity: Literal["channel", "tensor"] = "channel"
     observer: Literal["minmax", "percentile", "mse", "moving_average", "entropy"] = "mse"
     rounding: Literal["nearest", "gptq", "adaround"] = "nearest"
-    reconstruction: Literal["layer", "network"] = "layer"
-    iterations: int = Field(300, ge=1)
-    mirror: bool = False
     equalize: bool = True
     bias_correction: bool | Literal["analytic"] = True
     target: Literal["auto", "avx2", "vnni", "arm"] = "auto"
@@ -242,10 +239,6 @@ class Quantize(_Step):
             raise ValueError("quantize takes weight_bits or average_bits, not both")
         if self.dynamic and self.weight_only:
             raise ValueError("quantize is dynamic or weight_only, not both")
-        if self.reconstruction == "network" and (self.dynamic or self.weight_only):
-            raise ValueError("reconstruction='network' learns on calibration samples, which dynamic and weight_only do without")
-        if self.reconstruction == "layer" and (self.iterations, self.mirror) != (300, False):
-            raise ValueError("iterations and mirror are for reconstruction='network'")
         if self.dynamic and self.weight_bits != 8:
             raise ValueError("dynamic quantisation has 8 bits")
         if self.weight_only and self.weight_bits not in (4, 8):

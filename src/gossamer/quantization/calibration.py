@@ -71,7 +71,7 @@ def observe(
                 raise UsageError(str(e).splitlines()[0]) from None  # torch.fx appends where in the graph it was
             except RuntimeError as e:
                 raise UsageError(f"calibration batch {done + 1} does not run through the network: {str(e).splitlines()[0][:160]}") from None
-            samples = batch_size(leaves)
+            samples = _batch_size(leaves)
             if done == 0:
                 room = max(1, _SAMPLE_BYTES * max(1, samples) // observer.largest)
             if room > 0 and (module.meta["dynamic_batch"] or done == 0):
@@ -96,7 +96,7 @@ def observe_again(module: fx.GraphModule, watched: Mapping[fx.Node, str], leaves
 
 def parts(module: fx.GraphModule, leaves: list[Any], at_once: int) -> list[list[Any]]:
     """Kept samples in batches of at most ``at_once``; as they are where the batch size is fixed."""
-    samples = batch_size(leaves)
+    samples = _batch_size(leaves)
     if not module.meta["dynamic_batch"] or samples <= at_once:
         return [leaves]
     starts = range(0, samples, at_once)
@@ -105,7 +105,7 @@ def parts(module: fx.GraphModule, leaves: list[Any], at_once: int) -> list[list[
 
 def sample(module: fx.GraphModule, leaves: list[Any], which: int, most: int) -> list[Any]:
     """Every other kept sample, from the one at ``which`` on, at most ``most``; all of them where there are too few or the batch size is fixed."""
-    samples = batch_size(leaves)
+    samples = _batch_size(leaves)
     if not module.meta["dynamic_batch"] or samples < 2:
         return leaves
     return [x[which::2][:most] if _is_batched(x, samples) else x for x in leaves]
@@ -128,8 +128,7 @@ def flat_batches(batches: Iterable[Any], example_inputs: Any, module: fx.GraphMo
         yield leaves
 
 
-def batch_size(leaves: list[Any]) -> int:
-    """Samples in flat inputs: the first dimension of the first tensor that has one."""
+def _batch_size(leaves: list[Any]) -> int:
     return next((x.shape[0] for x in leaves if isinstance(x, Tensor) and x.dim()), 1)
 
 

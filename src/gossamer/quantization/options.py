@@ -14,7 +14,6 @@ from gossamer.quantization.reconstruction import ROUNDINGS
 from gossamer.quantization.target import PREFERENCES
 
 GRANULARITIES = ("channel", "tensor")
-RECONSTRUCTIONS = ("layer", "network")
 CORRECTIONS = (True, False, "measured", "analytic")
 
 
@@ -32,10 +31,6 @@ class Options:
     equalize: bool
     bias_correction: bool | str
     prefer: str
-    reconstruction: str = "layer"
-    iterations: int = 300
-    mirror: bool = False
-    seed: int = 0
 
     def __post_init__(self) -> None:
         widths = self.weight_bits if isinstance(self.weight_bits, Mapping) else {"": self.weight_bits}
@@ -52,17 +47,12 @@ class Options:
             ("observer", OBSERVERS),
             ("rounding", ROUNDINGS),
             ("prefer", PREFERENCES),
-            ("reconstruction", RECONSTRUCTIONS),
         ):
             value = getattr(self, name)
             if value not in known:
                 raise UsageError(f"{name}={value!r}: known are {', '.join(known)}{near(str(value), known)}")
         if self.bias_correction not in CORRECTIONS:
             raise UsageError(f"bias_correction={self.bias_correction!r}: known are True (measured), 'analytic' and False")
-        if not _whole(self.iterations) or self.iterations < 1:
-            raise UsageError(f"iterations={self.iterations!r}: give a whole number of training steps, 1 or more")
-        if self.reconstruction == "layer" and (self.mirror, self.iterations) != (False, 300):
-            raise UsageError("iterations and mirror are for reconstruction='network': give that, or leave them out")
         if self.average_bits is not None:
             for average in self.average_bits if isinstance(self.average_bits, tuple | list) else (self.average_bits,):
                 check_average(average)

@@ -52,15 +52,11 @@ def quantize(
     granularity: str = "channel",
     observer: str = "mse",
     rounding: str = "nearest",
-    reconstruction: str = "layer",
-    iterations: int = 300,
-    mirror: bool = False,
     equalize: bool = True,
     bias_correction: bool | str = True,
     target: str = "auto",
     prefer: str = "size",
     ignore: Sequence[str] = (),
-    seed: int = 0,
     progress: Progress | None = None,
 ) -> Result:
     """Quantise weights and activations, without training.
@@ -94,12 +90,8 @@ def quantize(
         step: steps of weights, ``"mse"`` (least squared rounding error) or ``"minmax"`` (cover the largest magnitude).
         granularity: a step for each output ``"channel"`` or for the whole ``"tensor"``.
         observer: ranges of activations, ``"mse"``, ``"percentile"`` (99.99% of values), ``"minmax"``, ``"moving_average"`` or ``"entropy"``.
-        rounding: ``"nearest"``; ``"gptq"``, second order, and ``"adaround"``, learned, change the codes for the least error of each layer's output,
+        rounding: ``"nearest"``; ``"gptq"``, second order, and ``"adaround"``, learned, fit the codes so that each layer gives the float layer's output on what reaches it,
             and below 8 bits the steps too.
-        reconstruction: ``"layer"``, or ``"network"``: afterwards codes, steps and biases are learned together, so that the outputs of all blocks and
-            of the network are the float network's on the calibration samples; kept where that is so. Minutes, not seconds.
-        iterations: steps of that training, on 20 samples each.
-        mirror: show it each image (an input of four dimensions) mirrored half of the time.
         equalize: absorb biases, and rescale channels between layers, where that lowers the noise on samples that the scales have not seen
             (`gossamer.quantization.equalization`).
         bias_correction: shift biases so that each channel's mean over some calibration samples is the float network's; ``"analytic"`` takes
@@ -109,8 +101,7 @@ def quantize(
         prefer: ``"size"``, or ``"latency"``: on ``"avx2"`` signed weights of 7 bits, which do not saturate and run faster; and, where the target is
             this machine's, kinds of layers stay float that ONNX Runtime, measured, runs slower in integers.
         ignore: patterns of module paths or weight names that stay float.
-        seed: of the order of samples in that training.
-        progress: called with (done, in all) of each stage: batches, sensitivities, layers, steps of training.
+        progress: called with (done, in all) of each stage: batches, sensitivities, layers.
 
     Returns:
         A `Result`: ``.model`` an ``fx.GraphModule`` in eval mode whose state dict holds the integers, ``.notes`` what stays float.
@@ -124,10 +115,6 @@ def quantize(
     """
     given, model = model, network_of(model, "quantize")
     if dynamic or weight_only or activation_bits is None:
-        if reconstruction != "layer":
-            raise UsageError(
-                f"reconstruction={reconstruction!r} learns on calibration samples, which dynamic and weight_only do without: leave it out"
-            )
         how: dict[str, Any] = {
             "weight_bits": weight_bits,
             "activation_bits": activation_bits,
@@ -137,8 +124,7 @@ def quantize(
         }
         result = uncalibrated(model, example_inputs, dynamic, weight_only, calibration, ignore=ignore, profiles=_profiles, **how)
         return given.then(result) if isinstance(given, Result) else result
-    fitting = (observer, rounding, equalize, bias_correction, prefer, reconstruction, iterations, mirror, seed)
-    options = Options(weight_bits, activation_bits, average_bits, step, granularity, *fitting)
+    options = Options(weight_bits, activation_bits, average_bits, step, granularity, observer, rounding, equalize, bias_correction, prefer)
     aim = resolve(target, prefer)
     example_inputs = check_inputs(example_inputs)
     if calibration is None:
@@ -211,20 +197,13 @@ def _static(
         weights = with_steps_of(network, weights)
     if options.bias_correction == "analytic":
         notes.append(correct_analytically(floating, network))
-    edits = [*weights, *rounded.values(), *tables]
-    if options.reconstruction == "network":
-        from gossamer.quantization.training.whole import learn
-
-        how: dict[str, Any] = {"iterations": options.iterations, "seed": options.seed, "mirror": options.mirror, "progress": progress}
-        network, edits, note = learn(floating, network, edits, leaves, **how)
-        notes.append(note)
     if fewer := sorted({e.bits for e in weights if e.bits < 8}):
         notes.append(
             f"{', '.join(map(str, fewer))}-bit codes are packed in the ONNX file and unpacked to 8 bits, in which they run, when it is loaded"
         )
     if wide := [e.point for e in rounded.values() if e.bits == 16]:
         notes.append(f"activations of 16 bits, which ONNX Runtime computes in float: {', '.join(wide)}")
-    return floating, network, edits, notes
+    return floating, network, [*weights, *rounded.values(), *tables], notes
 
 
 def _choose_bits(

@@ -47,7 +47,7 @@ def trainable(floating: fx.GraphModule, edits: Sequence[Any], statistics: Mappin
     points = {e.point: e for e in edits if isinstance(e, QuantizeActivation)}
     for node, name in point_names(module.graph).items():
         if name in points:
-            round_after(module, node, points[name])
+            _round_after(module, node, points[name])
     weights = {e.tensor: e for e in edits if isinstance(e, QuantizeWeight)}
     nodes = {str(n.target): n for n in module.graph.nodes if n.op == "get_attr"}
     for name, edit in weights.items():
@@ -55,7 +55,7 @@ def trainable(floating: fx.GraphModule, edits: Sequence[Any], statistics: Mappin
     for name, (mean, var) in statistics.items():
         if name in weights and weights[name].axis is not None:
             _unfold(module, name, layers[name], mean, var)
-    give_gradients(module)
+    _give_gradients(module)
     module.graph.eliminate_dead_code()
     drop_unused(module)
     module.graph.lint()
@@ -115,7 +115,7 @@ def finished(trained: fx.GraphModule, floating: fx.GraphModule) -> tuple[fx.Grap
                 factor = norms[name].factor()
                 w, step = w * along(factor, w, rounding.edit.axis), torch.where(step * factor > 1e-30, step * factor, step)
             tensor_at(module, name).detach().copy_(w)
-            step = torch.maximum(step, least_for_biases(module, name, steps)) if rounding.edit.axis == 0 else step
+            step = torch.maximum(step, _least(module, name, steps)) if rounding.edit.axis == 0 else step
             edits.append(rounding.edit.model_copy(update={"steps": tuple(step.reshape(-1).tolist())}))
     return module, [*edits, *steps.values()]
 
@@ -134,7 +134,7 @@ def unrounded(trained: fx.GraphModule, floating: fx.GraphModule) -> fx.GraphModu
     return module
 
 
-def round_after(module: fx.GraphModule, node: fx.Node, edit: QuantizeActivation) -> None:
+def _round_after(module: fx.GraphModule, node: fx.Node, edit: QuantizeActivation) -> None:
     """Round a node's value; clips that the rounding does anyway go, and bound its step so that they stay implied."""
     low, high = limits(edit.bits, edit.signed)
     bounds: list[float] = []
@@ -147,7 +147,7 @@ def round_after(module: fx.GraphModule, node: fx.Node, edit: QuantizeActivation)
         bounds += [ceiling / (high - edit.zero_point)] if ceiling is not None and high > edit.zero_point else []
         clips.append(last)
         last = last.args[0]  # type: ignore[assignment]
-    name = f"rounding.activations_{edit.bits}bit.{flat(edit.point)}"
+    name = f"rounding.activations_{edit.bits}bit.{_flat(edit.point)}"
     module.add_submodule(name, RoundedActivation(edit, min(bounds, default=None)))
     users = list(node.users)
     after = [n for n in module.graph.nodes if n.op == "placeholder"][-1] if node.op == "placeholder" else node
@@ -158,7 +158,7 @@ def round_after(module: fx.GraphModule, node: fx.Node, edit: QuantizeActivation)
 
 
 def _round_weight(module: fx.GraphModule, node: fx.Node, edit: QuantizeWeight) -> None:
-    name = f"rounding.weights_{edit.bits}bit.{flat(edit.tensor)}"
+    name = f"rounding.weights_{edit.bits}bit.{_flat(edit.tensor)}"
     module.add_submodule(name, RoundedWeight(edit))
     with module.graph.inserting_after(node):
         rounded = module.graph.call_module(name, (node,))
@@ -170,17 +170,17 @@ def _round_weight(module: fx.GraphModule, node: fx.Node, edit: QuantizeWeight) -
 def _unfold(module: fx.GraphModule, name: str, layers: list[fx.Node], mean: Tensor, var: Tensor) -> None:
     bias = bias_node(layers[0])
     norm = FoldedNorm(name, mean, var, tensor_at(module, str(bias.target)).detach())
-    module.add_submodule(f"norms.{flat(name)}", norm)
+    module.add_submodule(f"norms.{_flat(name)}", norm)
     for layer in layers:
         layer.args = (*layer.args[:2], None, *layer.args[3:])
         with module.graph.inserting_after(layer):
-            normed = module.graph.call_module(f"norms.{flat(name)}", (layer,))
+            normed = module.graph.call_module(f"norms.{_flat(name)}", (layer,))
         for user in list(layer.users):
             if user is not normed:
                 user.replace_input_with(layer, normed)
 
 
-def give_gradients(module: fx.GraphModule) -> None:
+def _give_gradients(module: fx.GraphModule) -> None:
     """Operations without a gradient as ones that have it: a batch norm that stays, a copy into a part, a recurrent layer on a GPU."""
     for node in list(module.graph.nodes):
         if "_native_batch_norm_legit_no_training" in str(node.target):
@@ -197,7 +197,7 @@ def give_gradients(module: fx.GraphModule) -> None:
             node.args = (*node.args[:6], True, *node.args[7:])
 
 
-def least_for_biases(module: fx.GraphModule, name: str, steps: Mapping[str, QuantizeActivation]) -> Tensor:
+def _least(module: fx.GraphModule, name: str, steps: Mapping[str, QuantizeActivation]) -> Tensor:
     """The smallest steps with which the biases of a weight's layers fit int32."""
     names, found = point_names(module.graph), tensor_at(module, name).detach().new_zeros(())
     for layer in weighted(module.graph):
@@ -210,6 +210,6 @@ def least_for_biases(module: fx.GraphModule, name: str, steps: Mapping[str, Quan
     return found
 
 
-def flat(name: str) -> str:
+def _flat(name: str) -> str:
     """A name as one part of a module path."""
     return name.replace(".", "_").replace(":", "__")
