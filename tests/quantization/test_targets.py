@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import gossamer as gs
 from gossamer.quantization import reconstruction
-from gossamer.quantization.moments import Geometry, moments
+from gossamer.quantization.moments import Geometry
 from gossamer.quantization.targets import target, watch
 
 CONV = Geometry(2, 3, 4 * 9, (3, 3), (2, 1), (1, 1), (1, 1))
@@ -23,16 +23,19 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_what_is_watched_is_what_numpy_computes():
     w, x, q, beside = drawn(6, 4, 3, 3), drawn(5, 8, 7, 6, seed=1), drawn(5, 8, 7, 6, seed=2), drawn(5, 6, 4, 6, seed=3)
     halves = watch(CONV, CONV.rows(w), x, q, beside)
-    for half, index in zip(halves, (slice(0, None, 2), slice(1, None, 2)), strict=True):
+
+    def check(found: tuple[torch.Tensor, torch.Tensor], index: slice) -> None:
         output = F.conv2d(x, w, None, (2, 1), 1, groups=2) - F.conv2d(q, w, None, (2, 1), 1, groups=2) + beside
         for g in range(2):
             error = output[index, 3 * g : 3 * g + 3].movedim(1, 0).flatten(1).double().numpy()
             columns = F.unfold(q[index, 4 * g : 4 * g + 4], 3, 1, 1, (2, 1)).movedim(1, 0).flatten(1).double().numpy()
             both = np.cov(np.concatenate([error, columns]), bias=True)
-            assert np.allclose(half.h_GKK[g].numpy(), both[3:, 3:], atol=1e-4)
-            assert np.allclose(half.error_GRK[g].numpy(), both[:3, 3:], atol=1e-4)
-    whole = (halves[0].h_GKK * 3 + halves[1].h_GKK * 2) / 5
-    assert torch.allclose(whole, moments(CONV, q), atol=0.1)  # but for the means, which each half has of its own
+            assert np.allclose(found[0][g].numpy(), both[3:, 3:], atol=1e-4)
+            assert np.allclose(found[1][g].numpy(), both[:3, 3:], atol=1e-4)
+
+    for half, index in zip(halves, (slice(0, None, 2), slice(1, None, 2)), strict=True):
+        check(half.covariances(), index)
+    check((halves[0] + halves[1]).covariances(), slice(None))
 
 
 def test_targets_are_ridge_regression_s():
@@ -44,7 +47,9 @@ def test_targets_are_ridge_regression_s():
     ours, arrived = ((v - v.mean(0)).double().numpy() for v in (x, q))
     penalty = np.sqrt(share * arrived.var(0).mean() * 300) * np.eye(6)
     float_w = w[0].double().numpy()
-    move, *_ = np.linalg.lstsq(np.concatenate([arrived, penalty]), np.concatenate([(ours - arrived) @ float_w.T, np.zeros((6, 4))]), rcond=None)
+    move, *_ = np.linalg.lstsq(
+        np.concatenate([arrived, penalty]), np.concatenate([(ours - arrived) @ float_w.T, np.zeros((6, 4))]), rcond=None
+    )
     assert np.allclose(found[0].numpy(), float_w + move.T, atol=0.02 * np.abs(float_w).max())
     error = lambda v: float((torch.from_numpy(ours).float() @ w[0].T - torch.from_numpy(arrived).float() @ v[0].T).square().sum())  # noqa: E731
     assert error(found) < 0.7 * error(w)

@@ -1,4 +1,4 @@
-"""Covariances of what a layer multiplies its weights with, over all positions of its output."""
+"""How a layer reads its input: what it multiplies its weights with, at all positions of its output."""
 
 from __future__ import annotations
 
@@ -83,25 +83,6 @@ def geometry(layer: fx.Node, w: Tensor) -> Geometry | None:
     return Geometry(
         groups, w.shape[0] // groups, w[0].numel(), tuple(w.shape[2:]), numbers(given[0], 1), numbers(given[1], 0), numbers(given[2], 1)
     )
-
-
-def moments(shape: Geometry, x: Tensor) -> Tensor:
-    """Covariance of the inputs of one output, shape (groups, inputs, inputs); where there are very many positions, over evenly chosen samples.
-
-    Example:
-        >>> x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
-        >>> found = moments(Geometry(1, 2, 3, (), (), (), ()), x)
-        >>> bool(torch.allclose(found[0], torch.cov(x.T, correction=0), atol=1e-6))
-        True
-    """
-    total, sums, products = 0, torch.zeros(()), torch.zeros(())
-    for index in chosen_samples(shape, x).split(shape.at_once(x)):
-        x_GKN = shape.columns(x[index] if x.dim() > 1 else x)
-        total += x_GKN.shape[2]
-        sums = sums + x_GKN.sum(2, dtype=torch.float64)
-        products = products + (x_GKN @ x_GKN.transpose(1, 2)).double()
-    mean_GK = sums / total
-    return (products / total - mean_GK[:, :, None] * mean_GK[:, None]).float()
 
 
 def chosen_samples(shape: Geometry, x: Tensor) -> Tensor:

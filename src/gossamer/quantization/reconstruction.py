@@ -169,7 +169,7 @@ def _refit(
     kept_GRK = None if bool(w.all()) else w_GRK != 0  # zeros of a mask stay
     seen = watch(shape, w_GRK, x, q, beside)
     w_GRK, _ = target(w_GRK, seen)
-    h_GKK = damped(torch.stack([s.h_GKK for s in seen]).mean(0))
+    h_GKK = damped(sum(seen[1:], seen[0]).covariances()[0])
     q_GRK = adaround(w_GRK, h_GKK, s_GR, bits) if rounding == "adaround" else gptq(w_GRK, h_GKK, s_GR, bits, kept_GRK)
     q_GRK = descend(w_GRK, q_GRK if kept_GRK is None else q_GRK * kept_GRK, h_GKK, s_GR, bits, kept_GRK)
     for _ in range(_REFIT if bits < 8 and step.dim() else 0):

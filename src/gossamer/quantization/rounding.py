@@ -67,7 +67,9 @@ def gptq(w_GRK: Tensor, h_GKK: Tensor, steps_GR: Tensor, bits: int, kept_GRK: Te
     return torch.empty_like(q).scatter_(2, columns_GRK, q)
 
 
-def descend(w_GRK: Tensor, q_GRK: Tensor, h_GKK: Tensor, steps_GR: Tensor, bits: int, kept_GRK: Tensor | None = None, *, sweeps: int = 3) -> Tensor:
+def descend(
+    w_GRK: Tensor, q_GRK: Tensor, h_GKK: Tensor, steps_GR: Tensor, bits: int, kept_GRK: Tensor | None = None, *, sweeps: int = 3
+) -> Tensor:
     """Coordinate descent over codes: each in turn takes the value that is best given all others; the error never grows.
 
     Args:

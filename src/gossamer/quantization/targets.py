@@ -13,19 +13,31 @@ from torch import Tensor
 from gossamer.quantization.moments import Geometry, chosen_samples
 from gossamer.quantization.rounding import damped
 
-_DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+_RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
 
 @dataclass(frozen=True)
 class Seen:
-    """Covariances over some samples: of the arriving inputs, and of the output's error with them."""
+    """Sums over positions of some samples, in float64: of the arriving inputs ``q``, of the output's errors ``e``, and of their products."""
 
-    h_GKK: Tensor
-    error_GRK: Tensor
+    count: int
+    q_GK: Tensor
+    e_GR: Tensor
+    qq_GKK: Tensor
+    eq_GRK: Tensor
+
+    def __add__(self, other: Seen) -> Seen:
+        return Seen(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    def covariances(self) -> tuple[Tensor, Tensor]:
+        """Of the inputs, (G, K, K), and of the errors with them, (G, R, K), float32."""
+        q_GK, e_GR = self.q_GK / self.count, self.e_GR / self.count
+        h_GKK = self.qq_GKK / self.count - q_GK[:, :, None] * q_GK[:, None]
+        return h_GKK.float(), (self.eq_GRK / self.count - e_GR[:, :, None] * q_GK[:, None]).float()
 
 
 def watch(shape: Geometry, w_GRK: Tensor, x: Tensor, q: Tensor, extra: Tensor | None = None) -> list[Seen]:
-    """What each half of the samples shows; one half where there is one sample.
+    """What each half of the samples shows; one part where there is one sample. Where there are very many positions, of evenly chosen samples.
 
     Args:
         shape: how the layer reads its input.
@@ -34,22 +46,19 @@ def watch(shape: Geometry, w_GRK: Tensor, x: Tensor, q: Tensor, extra: Tensor | 
         extra: what else the output should make up for, shaped as the output: the error of what it is added to.
     """
     index = chosen_samples(shape, q)
-    halves = [h for h in (index[::2], index[1::2]) if len(h)]
-    return [_over(shape, w_GRK, x, q, extra, half) for half in halves]
+    return [_over(shape, w_GRK, x, q, extra, half) for half in (index[::2], index[1::2]) if len(half)]
 
 
 def _over(shape: Geometry, w_GRK: Tensor, x: Tensor, q: Tensor, extra: Tensor | None, index: Tensor) -> Seen:
-    count, sums = 0, [torch.zeros(())] * 4
-    for part in index.split(shape.at_once(q)):
+    parts = []
+    for part in index.split(shape.at_once(q)) if q.dim() > 1 else [...]:
         q_GKN = shape.columns(q[part])
         e_GRN = w_GRK @ (shape.columns(x[part]) - q_GKN)
         if extra is not None:
             e_GRN = e_GRN + shape.outputs_of(extra[part])
-        count += q_GKN.shape[2]
-        new = (q_GKN @ q_GKN.transpose(1, 2), e_GRN @ q_GKN.transpose(1, 2), q_GKN.sum(2, dtype=torch.float64), e_GRN.sum(2, dtype=torch.float64))
-        sums = [a + b.double() for a, b in zip(sums, new, strict=True)]
-    qq, eq, q_GK, e_GR = (s / count for s in sums)
-    return Seen((qq - q_GK[:, :, None] * q_GK[:, None]).float(), (eq - e_GR[:, :, None] * q_GK[:, None]).float())
+        products = (q_GKN @ q_GKN.transpose(1, 2)).double(), (e_GRN @ q_GKN.transpose(1, 2)).double()
+        parts.append(Seen(q_GKN.shape[2], q_GKN.sum(2, dtype=torch.float64), e_GRN.sum(2, dtype=torch.float64), *products))
+    return sum(parts[1:], parts[0])
 
 
 def target(w_GRK: Tensor, seen: list[Seen]) -> tuple[Tensor, float | None]:
@@ -74,19 +83,18 @@ def target(w_GRK: Tensor, seen: list[Seen]) -> tuple[Tensor, float | None]:
     """
     if len(seen) < 2:
         return w_GRK, None
-    gains = dict.fromkeys(_DAMPINGS, 0.0)
-    for here, there in (seen, seen[::-1]):
-        for share in _DAMPINGS:
-            move = _solve(here, share)
-            gains[share] += float((2 * move * there.error_GRK - (move @ there.h_GKK) * move).sum())
+    gains, halves = dict.fromkeys(_RIDGES, 0.0), [s.covariances() for s in seen]
+    for here, (h_GKK, error_GRK) in zip(halves, halves[::-1], strict=True):
+        for ridge in _RIDGES:
+            move = _solve(*here, ridge)
+            gains[ridge] += float((2 * move * error_GRK - (move @ h_GKK) * move).sum())
     best = max(gains, key=gains.__getitem__)
     if not gains[best] > 0:
         return w_GRK, None
-    both = Seen((seen[0].h_GKK + seen[1].h_GKK) / 2, (seen[0].error_GRK + seen[1].error_GRK) / 2)
-    return w_GRK + _solve(both, best), best
+    return w_GRK + _solve(*(seen[0] + seen[1]).covariances(), best), best
 
 
-def _solve(seen: Seen, share: float) -> Tensor:
-    """``error h^-1`` with a ridge of ``share`` of the mean variance."""
-    factor = torch.linalg.cholesky(damped(seen.h_GKK, share).double())
-    return torch.cholesky_solve(seen.error_GRK.double().transpose(1, 2), factor).transpose(1, 2).float()
+def _solve(h_GKK: Tensor, error_GRK: Tensor, ridge: float) -> Tensor:
+    """``error h^-1`` with a ridge, a part of the mean variance, on ``h``'s diagonal."""
+    factor = torch.linalg.cholesky(damped(h_GKK, ridge).double())
+    return torch.cholesky_solve(error_GRK.double().transpose(1, 2), factor).transpose(1, 2).float()
