@@ -52,17 +52,17 @@ def ablation(result: gs.Result, photographs: Sequence[Tensor], most: int = 12) -
     layers, activations = dict[fx.Node, Change](), dict[fx.Node, Change]()
     layer_of = {str(weight_name(n)): n for n in weighted_nodes(floating.graph)}
     points = {name: n for n, name in point_names(floating.graph).items()}
-    bits: dict[fx.Node, int] = {}
+    bits: dict[str, int] = {}
     for edit in result.plan:
         if isinstance(edit, QuantizeWeight):
             zero = None if edit.signed else tensor_at(network, edit.tensor + "_zero_point")
             rounded = dequantize(tensor_at(network, edit.tensor), tensor_at(network, edit.tensor + "_step"), zero, edit.axis)
             layers[layer_of[edit.tensor]] = partial(_instead, rounded)
-            bits[layer_of[edit.tensor]] = edit.bits
+            bits[f"weight {edit.tensor}"] = edit.bits
         elif isinstance(edit, QuantizeActivation):
             activations[points[edit.point]] = partial(_rounded, edit)
-            bits[points[edit.point]] = edit.bits
-    names = {n: f"weight {k}" for k, n in layer_of.items()} | {n: f"activation {k}" for k, n in points.items()}
+            bits[f"activation {edit.point}"] = edit.bits
+    weight_names, value_names = {n: f"weight {k}" for k, n in layer_of.items()}, {n: f"activation {k}" for k, n in points.items()}
     with torch.no_grad():
         wanted = [_Changed(floating, {}).run(x) for x in photographs]
         print(f"{'':46} {'bits':>4} {'SQNR dB':>8} {'KL, nats':>9}")
@@ -70,10 +70,10 @@ def ablation(result: gs.Result, photographs: Sequence[Tensor], most: int = 12) -
         alone = {n.args[1]: c for n, c in layers.items()} | _biases(floating, network)
         for name, changes in (("weights alone, biases corrected", alone), ("activations alone", activations)):
             _line(name, "", wanted, [_Changed(floating, changes).run(x) for x in photographs])
-        for group in (layers, activations):
+        for group, names in ((layers, weight_names), (activations, value_names)):
             found = {n: [_Changed(floating, {n: c}, n if group is layers else None).run(x) for x in photographs] for n, c in group.items()}
             for n in sorted(found, key=lambda n: _sqnr(wanted, found[n]))[:most]:
-                _line(names[n], bits[n], wanted, found[n])
+                _line(names[n], bits[names[n]], wanted, found[n])
             noise = sum(10 ** (-_sqnr(wanted, f) / 10) for f in found.values())
             print(f"{f'all {len(found)}, were they independent':46} {'':4} {-10 * math.log10(noise):8.1f}", flush=True)
 
