@@ -50,6 +50,7 @@ def accuracy(options: argparse.Namespace) -> None:
     train, held_out = tensors(data.train, options.samples), tensors(data.val, len(data.val))
     val = [(held_out.tensors[0][i : i + 500], held_out.tensors[1][i : i + 500]) for i in range(0, len(held_out), 500)]
     kept = options.out / "results.json"
+    settings = [(int(s.partition(",")[0]), int(s.partition(",")[2])) for s in options.bits] or SETTINGS
     done: dict[str, dict[str, float]] = json.loads(kept.read_text()) if kept.exists() else {}
 
     def loader() -> DataLoader[Any]:  # whole batches are indexed at once; fit seeds the order
@@ -76,11 +77,15 @@ def accuracy(options: argparse.Namespace) -> None:
             record("float", seed, net.eval(), time.process_time() - started)
         net.eval()
         calibration = [train.tensors[0][:512]]
-        for w, a in SETTINGS:
+        for w, a in settings:
             if str(seed) not in done.get(f"W{w}A{a} calibrated", {}):
                 started = time.process_time()
                 result = gs.quantize(net, EXAMPLE, calibration=calibration, weight_bits=w, activation_bits=a)
                 record(f"W{w}A{a} calibrated", seed, result, time.process_time() - started)
+            if str(seed) not in done.get(f"W{w}A{a} gptq", {}):
+                started = time.process_time()
+                result = gs.quantize(net, EXAMPLE, calibration=calibration, weight_bits=w, activation_bits=a, rounding="gptq")
+                record(f"W{w}A{a} gptq", seed, result, time.process_time() - started)
             if str(seed) not in done.get(f"W{w}A{a} trained", {}):
                 started = time.process_time()
                 result = gs.qat(
@@ -96,9 +101,9 @@ def accuracy(options: argparse.Namespace) -> None:
                 )
                 record(f"W{w}A{a} trained", seed, result, time.process_time() - started)
     print(f"\n{processor()}, torch {torch.__version__}, {options.samples} samples, {options.epochs} epochs at lr {options.lr}")
-    print("| weights, activations | calibrated | trained |\n|---|---|---|")
-    for name in ["float", *(f"W{w}A{a}" for w, a in SETTINGS)]:
-        cells = [done.get(n, {}) for n in ((name,) if name == "float" else (f"{name} calibrated", f"{name} trained"))]
+    print("| weights, activations | calibrated | calibrated, gptq | trained |\n|---|---|---|---|")
+    for name in ["float", *(f"W{w}A{a}" for w, a in settings)]:
+        cells = [done.get(n, {}) for n in ((name,) if name == "float" else (f"{name} {k}" for k in ("calibrated", "gptq", "trained")))]
         print(f"| {name} | " + " | ".join(" ".join(f"{v:.2%}" for v in c.values()) for c in cells) + " |")
 
 
@@ -157,6 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["accuracy", "step"])
     parser.add_argument("--out", type=Path, default=Path("runs/qat"))
+    parser.add_argument("--bits", nargs="*", default=[], help="of weights and activations, such as 3,8 2,2; default: all")
     parser.add_argument("--samples", type=int, default=15000)
     parser.add_argument("--float-epochs", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=3)

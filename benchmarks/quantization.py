@@ -1,19 +1,23 @@
-"""Integer networks in ONNX Runtime: gossamer beside onnxruntime's own static quantiser and NNCF, in one run, on the files that ship."""
+"""Integer networks in ONNX Runtime: gossamer beside other tools in one run, on the files that ship (`table`); where the noise is (`ablation`).
+
+python benchmarks/quantization.py --rows "w8a8 vnni,nncf,torchao"
+python benchmarks/quantization.py ablation --rows "w4a8 gptq" --limit 100
+"""
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import _peers
 import onnx
 import torch
+from _ablation import ablation
 from _photographs import Task, load, parser
-from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
 import gossamer as gs
 from gossamer.exporting import runtime_ops
@@ -25,17 +29,29 @@ ENDS = {"mobilenet_v2": ("features.0.0", "classifier.1"), "efficientnet_lite0": 
 INTEGER = ("QLinearConv", "QGemm", "MatMulInteger", "QLinearMatMul")
 
 
-class Reader(CalibrationDataReader):
-    """Calibration batches, one photograph at a time, as onnxruntime's quantiser asks for them."""
+def settings(task: Task) -> dict[str, dict[str, Any]]:
+    """What `gossamer.quantize` is asked for in each row of its own."""
+    four: dict[str, Any] = {"weight_bits": {**dict.fromkeys(ENDS[task.name], 8), "*": 4}, "target": "vnni"}
+    sizes = {n.removesuffix(".weight"): p.numel() for n, p in task.model.named_parameters() if p.dim() > 1}
+    same = sum(n * (8 if name in ENDS[task.name] else 4) for name, n in sizes.items()) / sum(sizes.values())
+    return {
+        "w8a8 vnni": {"target": "vnni", "rounding": "gptq"},
+        "w8a8 avx2": {"target": "avx2", "rounding": "gptq"},
+        "w8a8 avx2 latency": {"target": "avx2", "prefer": "latency", "rounding": "gptq"},
+        "w8a8 nearest": {"target": "vnni"},
+        "w8a8 plain": {"target": "vnni", "equalize": False},
+        "w8a8 gptq plain": {"target": "vnni", "rounding": "gptq", "equalize": False},
+        "w4a8 nearest": four,
+        "w4a8 gptq": four | {"rounding": "gptq"},
+        "w4a8 gptq plain": four | {"rounding": "gptq", "equalize": False},
+        "w4a8 adaround": four | {"rounding": "adaround"},
+        "mixed of w4a8's size": {"target": "vnni", "average_bits": same, "rounding": "gptq", "equalize": False},
+        "average 4": {"target": "vnni", "average_bits": 4, "rounding": "gptq", "equalize": False},
+        "w8a16": {"target": "vnni", "activation_bits": 16, "rounding": "gptq"},
+    }
 
-    def __init__(self, batches: list[Any]) -> None:
-        self.items = iter([{"input": x[i : i + 1].numpy()} for x, _ in batches for i in range(len(x))])
 
-    def get_next(self) -> dict[str, Any] | None:
-        return next(self.items, None)
-
-
-def ours(task: Task, **options: Any) -> Callable[[Path, Path], str]:
+def ours(task: Task, options: dict[str, Any]) -> Callable[[Path, Path], str]:
     """Writes what gossamer makes of the network; gives what it says of the choices that it measured."""
 
     def write(_: Path, path: Path) -> str:
@@ -46,69 +62,13 @@ def ours(task: Task, **options: Any) -> Callable[[Path, Path], str]:
     return write
 
 
-def onnxruntime(task: Task, **options: Any) -> Callable[[Path, Path], str]:
-    """Writes what onnxruntime's quantiser makes of the float file."""
-
-    def write(plain: Path, path: Path) -> str:
-        quantize_static(plain, path, Reader(task.calibration), per_channel=True, **options)
-        return ""
-
-    return write
-
-
-def nncf(task: Task) -> Callable[[Path, Path], str]:
-    """Writes what NNCF makes of the float file: mixed preset, bias correction on all calibration samples."""
-
-    def write(plain: Path, path: Path) -> str:
-        import nncf
-
-        images = [x[i : i + 1].numpy() for x, _ in task.calibration for i in range(len(x))]
-        made = nncf.quantize(
-            onnx.load(plain),
-            nncf.Dataset(images, lambda x: {"input": x}),
-            preset=nncf.QuantizationPreset.MIXED,
-            subset_size=len(images),
-            fast_bias_correction=False,
-        )
-        onnx.save(made, path)
-        return ""
-
-    return write
-
-
-def rows(task: Task) -> dict[str, Callable[[Path, Path], str]]:
-    """Every row by name."""
-    four = {**dict.fromkeys(ENDS[task.name], 8), "*": 4}
-    found: dict[str, Callable[[Path, Path], str]] = {
-        "w8a8 vnni": ours(task, target="vnni", rounding="gptq"),
-        "w8a8 avx2": ours(task, target="avx2", rounding="gptq"),
-        "w8a8 avx2 latency": ours(task, target="avx2", prefer="latency", rounding="gptq"),
-        "w8a8 nearest": ours(task, target="vnni"),
-        "w8a8 plain": ours(task, target="vnni", equalize=False),
-        "w4a8 nearest": ours(task, target="vnni", weight_bits=four),
-        "w4a8 gptq": ours(task, target="vnni", weight_bits=four, rounding="gptq"),
-        "w4a8 adaround": ours(task, target="vnni", weight_bits=four, rounding="adaround"),
-        "average 4": ours(task, target="vnni", average_bits=4, rounding="gptq"),
-        "w8a16": ours(task, target="vnni", activation_bits=16, rounding="gptq"),
-        "onnxruntime": onnxruntime(task),
-        "onnxruntime 7 bit": onnxruntime(task, reduce_range=True),
-        "onnxruntime unsigned": onnxruntime(task, weight_type=QuantType.QUInt8, activation_type=QuantType.QUInt8),
-    }
-    if importlib.util.find_spec("nncf"):
-        found["nncf"] = nncf(task)
-    return found
-
-
-def main() -> None:
-    """Print the table."""
-    arguments = parser(__doc__ or "")
-    arguments.add_argument("--rows", default="", help="names of rows, with commas; all where none is given")
-    args = arguments.parse_args()
-    task = load(args)
-    possible = rows(task)
-    chosen = [r for r in args.rows.split(",") if r] or list(possible)
-    if unknown := [r for r in chosen if r not in possible]:
-        raise argparse.ArgumentTypeError(f"unknown rows {unknown}, known are {list(possible)}")
+def table(task: Task, chosen: list[str]) -> None:
+    """Files side by side; then networks of peers that write none."""
+    makers = {name: ours(task, options) for name, options in settings(task).items()} | _peers.files(task)
+    networks = _peers.networks(task)
+    chosen = chosen or [*makers, *networks]
+    if unknown := [r for r in chosen if r not in makers and r not in networks]:
+        sys.exit(f"unknown rows {unknown}, known are {[*makers, *networks]}")
     with tempfile.TemporaryDirectory() as folder:
         original, plain = Path(folder) / "original.onnx", Path(folder) / "plain.onnx"
         gs.export(task.model, original, example_inputs=EXAMPLE)
@@ -116,31 +76,51 @@ def main() -> None:
         stripped.graph.ClearField("value_info")
         onnx.save(stripped, plain)
         files = {"float32": original}
-        print(
-            f"{task.name}\n{'':22} {'top-1':>7} {'agreement':>10} {'SQNR dB':>8} {'bytes':>9} {'CPU s':>6}  integer and float kernels",
-            flush=True,
-        )
+        print(f"{task.name}\n{'':22} {'top-1':>7} {'agreement':>10} {'SQNR dB':>8} {'bytes':>9} {'CPU s':>6}  integer and float kernels")
         for name in ["float32", *chosen]:
-            seconds, said = 0.0, ""
-            if name != "float32":
-                files[name] = Path(folder) / f"{name.replace(' ', '-')}.onnx"
-                started = time.process_time()
-                try:
-                    said = possible[name](plain, files[name])
-                except Exception as e:  # a peer that fails is a row of its own
-                    print(f"{name:22} fails: {str(e).splitlines()[0][:100]}", flush=True)
-                    del files[name]
-                    continue
+            said, started = "", time.process_time()
+            path = files.setdefault(name, Path(folder) / f"{name.replace(' ', '-')}.onnx")
+            try:
+                artefact: Any = networks[name]() if name in networks else path
+                if name in makers:
+                    said = makers[name](plain, path)
                 seconds = time.process_time() - started
-            found, ops = evaluate(files[name], task.evaluation, reference=original), runtime_ops(files[name])
-            assert found.accuracy is not None
-            assert found.agreement is not None
-            kernels = (
-                f"{sum(ops[o] for o in INTEGER)} and {ops['Conv'] + ops['FusedConv'] + ops['Gemm'] + ops['MatMul'] + ops['NhwcFusedConv']}"
-            )
-            line = f"{found.accuracy.value:7.2%} {found.agreement:10.1%} {found.sqnr_db or 0:8.1f} {files[name].stat().st_size:9} {seconds:6.0f}"
-            print(f"{name:22} {line}  {kernels}" + (f"  [{said}]" if said else ""), flush=True)
+                print(f"{name:22} {_row(artefact, task, original, seconds)}" + (f"  [{said}]" if said else ""), flush=True)
+            except Exception as e:  # a peer that fails is a row of its own
+                print(f"{name:22} fails: {(str(e).splitlines() or [type(e).__name__])[0][:160]}", flush=True)
+            if not path.is_file():
+                del files[name]
         print(gs.benchmark(*files.values(), example_inputs=EXAMPLE, seconds=2, names=list(files)))
+
+
+def _row(artefact: Any, task: Task, original: Path, seconds: float) -> str:
+    found = evaluate(artefact, task.evaluation, reference=original)
+    assert found.accuracy is not None
+    line = f"{found.accuracy.value:7.2%} {found.agreement or 0:10.1%} {found.sqnr_db or 0:8.1f}"
+    if not isinstance(artefact, Path):
+        return f"{line} {'':9} {seconds:6.0f}  in torch, simulated"
+    ops = runtime_ops(artefact)
+    floats = sum(ops[o] for o in ("Conv", "FusedConv", "Gemm", "MatMul", "NhwcFusedConv"))
+    return f"{line} {artefact.stat().st_size:9} {seconds:6.0f}  {sum(ops[o] for o in INTEGER)} and {floats}"
+
+
+def main() -> None:
+    """Print the table, or where the noise of one row comes from."""
+    arguments = parser(__doc__ or "")
+    arguments.add_argument("what", nargs="?", choices=["table", "ablation"], default="table")
+    arguments.add_argument(
+        "--rows", default="", help="names of rows, with commas; all where none is given; of an ablation one of gossamer's"
+    )
+    args = arguments.parse_args()
+    task, chosen = load(args), [r for r in args.rows.split(",") if r]
+    if args.what == "table":
+        return table(task, chosen)
+    known = settings(task)
+    for name in chosen or ["w4a8 gptq plain"]:
+        if name not in known:
+            sys.exit(f"unknown row {name!r}, known are {list(known)}")
+        print(f"{task.name}, {name}, on {sum(len(x) for x, _ in task.evaluation)} photographs")
+        ablation(gs.quantize(task.model, EXAMPLE, calibration=task.calibration, **known[name]), [x for x, _ in task.evaluation])
 
 
 if __name__ == "__main__":

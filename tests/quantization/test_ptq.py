@@ -163,6 +163,14 @@ def test_better_rounding_is_better_reproducible_and_loads_bit_for_bit(rounding, 
     assert all(torch.equal(state[n + "_step"], torch.tensor(s)) for n, s in steps.items())
 
 
+def test_below_8_bits_scales_are_tried_with_the_rounding_that_follows():
+    def tried(rounding: str) -> float:
+        notes = usual(weight_bits=3, rounding=rounding)[0].notes
+        return float(next(n for n in notes if n.startswith("equalised")).partition("with none ")[2].partition(",")[0])
+
+    assert tried("gptq") < 0.7 * tried("nearest")
+
+
 def test_biases_from_batch_norms_come_close_to_measured_ones():
     without, analytic = (usual(weight_bits=4, bias_correction=b) for b in (False, "analytic"))
     assert usual(weight_bits=4)[1] > analytic[1] > without[1]

@@ -14,7 +14,7 @@ from gossamer.exporting import runtime_ops
 from gossamer.plan import QuantizeActivation, QuantizeWeight
 from gossamer.quantization.training import FoldedNorm, RoundedActivation, RoundedWeight, train_quantized
 from gossamer.quantization.training.norms import output_statistics
-from gossamer.quantization.training.prepare import finished, trainable
+from gossamer.quantization.training.prepare import as_fitted, finished, trainable
 from gossamer.result import Result
 
 
@@ -47,6 +47,21 @@ def quantised(**options: object) -> Result:
 
 def db(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(10 * torch.log10(a.square().sum() / (a - b).square().sum().clamp(min=1e-30)))
+
+
+def test_training_starts_at_the_fitted_codes():
+    result = quantised(weight_bits=3, rounding="gptq")
+    start = as_fitted(result.floating, result.model, result.plan.edits)
+    before, after, stored = result.floating.state_dict(), start.state_dict(), result.model.state_dict()
+    moved = 0
+    for name in (e.tensor for e in result.plan if isinstance(e, QuantizeWeight)):
+        step = stored[name + "_step"].view(-1, *[1] * (after[name].dim() - 1))
+        centre = stored[name].float() - (128 >> 5 if stored[name].dtype == torch.uint8 else 0)
+        assert torch.equal((after[name] / step).round().clamp(-4, 3), centre)
+        near = (before[name] / step - centre).abs() < 0.489
+        assert torch.allclose(after[name][near], before[name][near])
+        moved += int((~near).sum())
+    assert moved
 
 
 def test_activation_gradients_are_lsq_s():

@@ -13,11 +13,12 @@ from gossamer.errors import UsageError
 from gossamer.quantization import affine_steps, minmax_steps, mse_steps
 from gossamer.quantization.adaround import adaround
 from gossamer.quantization.bias import clipped_normal_mean
-from gossamer.quantization.moments import Geometry, moments
+from gossamer.quantization.moments import Geometry
 from gossamer.quantization.observers import OBSERVERS, Histogram
 from gossamer.quantization.ops import limits
 from gossamer.quantization.rounding import damped, descend, fitted_steps, gptq, output_error
 from gossamer.quantization.steps import step_grid
+from gossamer.quantization.targets import watch
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -188,5 +189,6 @@ def test_covariances_predict_the_change_of_a_convolution(shape, kernel, stride, 
         change = torch.randn(layer.weight.shape, generator=g)
         y = torch.nn.functional.conv2d(x, change, None, stride, padding, 1, groups)
     d = geometry.rows(change)
-    predicted = ((d @ moments(geometry, x)) * d).sum(2).flatten()
+    seen = watch(geometry, d, x, x)
+    predicted = ((d @ sum(seen[1:], seen[0]).covariances()[0]) * d).sum(2).flatten()
     assert torch.allclose(predicted, y.movedim(1, 0).flatten(1).var(1, correction=0), rtol=1e-4)

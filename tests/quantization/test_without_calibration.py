@@ -12,8 +12,10 @@ import gossamer as gs
 from gossamer.errors import ExportError, NothingToDo, PlanError, SelectorError, UsageError
 from gossamer.exporting import runtime_ops
 from gossamer.plan import Plan, QuantizeGroups, QuantizeInput
+from gossamer.quantization.drawn import drawn_inputs
 from gossamer.quantization.grouped import group_codes, group_steps, unpack_steps
 from gossamer.quantization.layer_ops import round_by_range
+from gossamer.trace.capture import capture
 
 
 def db(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -254,3 +256,54 @@ def test_nothing_can_follow_it():
         gs.sparsify(result, sparsity=0.5)
     with pytest.raises(UsageError, match="starts from"):
         gs.qat(gs.quantize(mlp(), (torch.randn(2, 100),), dynamic=True), [(torch.randn(4, 100), torch.zeros(4).long())])
+
+
+class Encoder(nn.Module):
+    """Ids to a table with two features that stand out, and linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.places = nn.Embedding(200, 32), nn.Embedding(9, 32)
+        with torch.no_grad():
+            self.words.weight[:, [3, 17]] *= 40
+        self.body = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 8))
+
+    def forward(self, ids: torch.Tensor, at: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return self.body((self.words(ids) + self.places(at)) * scale)
+
+
+def test_rows_drawn_from_tables_show_outliers_without_data():
+    net, scale = Encoder().eval(), torch.tensor(1.0)
+    ids, at = torch.randint(0, 200, (4, 9)), torch.arange(9).expand(4, 9)
+    result = gs.quantize(net, (ids, at, scale), dynamic=True)
+    assert result.plan == gs.quantize(net, (ids, at, scale), dynamic=True).plan
+    moved = {e.tensor: e.factors for e in result.plan if isinstance(e, QuantizeInput)}["body.0.weight"]
+    assert sorted(np.argsort(moved)[-2:].tolist()) == [3, 17]
+    plain = gs.Plan(
+        edits=tuple(e.model_copy(update={"factors": ()}) if isinstance(e, QuantizeInput) else e for e in result.plan),
+        inputs=result.plan.inputs,
+    )
+    with torch.no_grad():
+        want = net(ids, at, scale)
+        moved_db, plain_db = db(want, result.model(ids, at, scale)), db(want, plain.apply(net)(ids, at, scale))
+    assert moved_db > plain_db + 3
+
+
+def test_drawn_indices_stay_within_the_smallest_table_that_reads_them():
+    net = nn.ModuleDict({"a": nn.Embedding(50, 4), "b": nn.Embedding(7, 4)})
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tables = net
+
+        def forward(self, ids: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            return self.tables["a"](ids) + self.tables["b"](ids) + x
+
+    ids, x = torch.zeros(2, 3, dtype=torch.long), torch.randn(2, 3, 4)
+    graph = capture(Both().eval(), (ids, x))
+    batches = list(drawn_inputs(graph, (ids, x), draws=9))
+    assert {int(v) for b in batches for v in b[0].flatten()} == set(range(7))
+    assert all(torch.equal(b[1], x) for b in batches)
+    assert drawn_inputs(capture(mlp(), (torch.zeros(1, 100),)), (torch.zeros(1, 100),)) is None

@@ -48,7 +48,7 @@ def qat(
             started from. It is not changed.
         data: batches as in `gossamer.fit`; labels may be missing with ``alpha=1``.
         calibration, weight_bits, activation_bits, target, ignore: of `gossamer.quantize`, which comes first where the model is not
-            quantised yet. Calibration: by default some 512 samples of ``data``.
+            quantised yet, with ``rounding="gptq"``, whose codes training starts from. Calibration: by default some 512 samples of ``data``.
         teacher: default: the float network itself.
         loss, alpha, tau: of `gossamer.distill`; for ``"kd"`` by default 0.5 and 2, which is more of the labels than there: the teacher is the
             same network.
@@ -79,6 +79,7 @@ def qat(
             calibration=calibration if calibration is not None else _samples(data, inputs, seed),
             weight_bits=weight_bits,
             activation_bits=activation_bits,
+            rounding="gptq",
             target=target,
             ignore=ignore,
         )

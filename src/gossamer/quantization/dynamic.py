@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -13,6 +13,7 @@ from gossamer.plan import Plan, QuantizeGroups, QuantizeInput, QuantizeWeight, i
 from gossamer.quantization.build import quantized
 from gossamer.quantization.calibration import flat_batches
 from gossamer.quantization.canonical import canonical, tensors_with_nan
+from gossamer.quantization.drawn import drawn_inputs
 from gossamer.quantization.graph import tensor_at
 from gossamer.quantization.grouped import group_steps, pack_steps
 from gossamer.quantization.layers import smoothed, tables
@@ -133,17 +134,20 @@ def _floating(model: nn.Module, example_inputs: Any) -> tuple[fx.GraphModule, An
 
 
 def _outliers(floating: fx.GraphModule, linear: dict[str, list[fx.Node]], calibration: Any, inputs: Any) -> dict[str, tuple[float, ...]]:
-    """Factors of the input features of each weight that all its layers' inputs agree on, from calibration data or from weights alone."""
+    """Factors of the input features of each weight that all its layers' inputs agree on: from calibration data, rows drawn from tables, or weights."""
     ranges: dict[fx.Node, Any] = {}
     if calibration is not None:
         batches = [calibration] if isinstance(calibration, Tensor) else calibration
-        nodes = [n for found in linear.values() for n in found]
-        ranges = dict(measured_ranges(floating, nodes, flat_batches(batches, inputs, floating)))
+        seen: Iterable[list[Any]] | None = flat_batches(batches, inputs, floating)
+    else:
+        seen = drawn_inputs(floating, inputs)
+    if seen is not None:
+        ranges = dict(measured_ranges(floating, [n for found in linear.values() for n in found], seen))
     found: dict[str, tuple[float, ...]] = {}
     for name, layers in linear.items():
         values = {n.args[0] for n in layers}
         if len(values) == 1 and isinstance(value := values.pop(), fx.Node):
-            reach = ranges.get(value) if calibration is not None else estimated_range(floating, value)
+            reach = ranges.get(value) if seen is not None else estimated_range(floating, value)
             found[name] = () if reach is None else factors(reach)
     return found
 

@@ -1,4 +1,4 @@
-"""Covariances of what a layer multiplies its weights with, over all positions of its output."""
+"""How a layer reads its input: what it multiplies its weights with, at all positions of its output."""
 
 from __future__ import annotations
 
@@ -46,6 +46,16 @@ class Geometry:
             seen = F.unfold(x, kernel, dilation, padding, stride)
         return seen.unflatten(1, (self.groups, self.inputs)).permute(1, 2, 0, 3).flatten(2)
 
+    def outputs_of(self, y: Tensor) -> Tensor:
+        """An output as (groups, outputs, positions of all samples)."""
+        if not self.kernel:
+            return y.reshape(-1, self.outputs).T[None]
+        return y.flatten(2).unflatten(1, (self.groups, self.outputs)).permute(1, 2, 0, 3).flatten(2)
+
+    def at_once(self, x: Tensor) -> int:
+        """Samples whose columns are looked at together, 1 or more."""
+        return max(1, _AT_ONCE // max(1, self.groups * self.inputs * self.positions(x.shape)))
+
     def positions(self, shape: torch.Size) -> int:
         """About how many positions one sample has."""
         size = 1
@@ -75,24 +85,9 @@ def geometry(layer: fx.Node, w: Tensor) -> Geometry | None:
     )
 
 
-def moments(shape: Geometry, x: Tensor) -> Tensor:
-    """Covariance of the inputs of one output, shape (groups, inputs, inputs); where there are very many positions, over evenly chosen samples.
-
-    Example:
-        >>> x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
-        >>> found = moments(Geometry(1, 2, 3, (), (), (), ()), x)
-        >>> bool(torch.allclose(found[0], torch.cov(x.T, correction=0), atol=1e-6))
-        True
-    """
+def chosen_samples(shape: Geometry, x: Tensor) -> Tensor:
+    """Indices of the samples of an input that are looked at: all, or evenly chosen ones where there are very many positions."""
     per_sample = shape.groups * shape.inputs * shape.positions(x.shape)
     samples = x.shape[0] if x.dim() > 1 else 1
     used = max(min(samples, _LEAST_SAMPLES), min(samples, _MOST // max(1, per_sample)))
-    chosen = torch.linspace(0, samples - 1, used).round().long().unique()
-    total, sums, products = 0, torch.zeros(()), torch.zeros(())
-    for index in chosen.split(max(1, _AT_ONCE // max(1, per_sample))):
-        x_GKN = shape.columns(x[index] if x.dim() > 1 else x)
-        total += x_GKN.shape[2]
-        sums = sums + x_GKN.sum(2, dtype=torch.float64)
-        products = products + (x_GKN @ x_GKN.transpose(1, 2)).double()
-    mean_GK = sums / total
-    return (products / total - mean_GK[:, :, None] * mean_GK[:, None]).float()
+    return torch.linspace(0, samples - 1, used).round().long().unique()

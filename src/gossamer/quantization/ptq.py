@@ -82,14 +82,15 @@ def quantize(
         average_bits: choose each weight's bits, 2 to 8, for the least loss at this average over all entries; a pair is for weights and activations.
         dynamic: without calibration: linear and LSTM layers in 8 bits, their inputs rounded by the range that they have when they run
             (outputs then depend on what else is in a batch), embeddings as 8-bit tables. Outlying features behind layer norms are moved into
-            weights first, by what the norm's parameters say or, with ``calibration``, by what is measured.
+            weights first, by what is measured with ``calibration``; without it on random rows where the network reads its inputs from
+            tables (`gossamer.quantization.drawn`), else by what the norm's parameters say.
         weight_only: without calibration: linear layers in 4 or 8 bits (``weight_bits``) with a step for each ``group_size`` inputs,
             embeddings as 8-bit tables; all arithmetic in float.
         group_size: 32, 64 or 128.
         step: steps of weights, ``"mse"`` (least squared rounding error) or ``"minmax"`` (cover the largest magnitude).
         granularity: a step for each output ``"channel"`` or for the whole ``"tensor"``.
         observer: ranges of activations, ``"mse"``, ``"percentile"`` (99.99% of values), ``"minmax"``, ``"moving_average"`` or ``"entropy"``.
-        rounding: ``"nearest"``; ``"gptq"``, second order, and ``"adaround"``, learned, change the codes for the least error of each layer's output,
+        rounding: ``"nearest"``; ``"gptq"``, second order, and ``"adaround"``, learned, fit the codes so that each layer gives the float layer's output on what reaches it,
             and below 8 bits the steps too.
         equalize: absorb biases, and rescale channels between layers, where that lowers the noise on samples that the scales have not seen
             (`gossamer.quantization.equalization`).
@@ -165,7 +166,7 @@ def _static(
     activation_bits = options.activation_bits if isinstance(options.activation_bits, int) else 8
     if options.equalize:
         absorbed = absorb_biases(floating, find_wires(floating), observer.channels)
-        rescaled, note = equalize_where_it_helps(floating, points, observer.channels, bits, activation_bits, leaves)
+        rescaled, note = equalize_where_it_helps(floating, points, observer.channels, bits, activation_bits, leaves, options.rounding)
         notes.append(note)
         if absorbed:
             notes.append(f"biases of {absorbed} layers absorbed by the layers that read them")

@@ -12,9 +12,10 @@ from torch import Tensor, fx
 from gossamer.quantization.adaround import adaround
 from gossamer.quantization.build import bias_codes, bias_name
 from gossamer.quantization.graph import LINEAR, bias_node, op_name, tensor_at, weight_name, weighted_nodes
-from gossamer.quantization.moments import geometry, moments
+from gossamer.quantization.moments import geometry
 from gossamer.quantization.ops import limits
 from gossamer.quantization.rounding import damped, descend, fitted_steps, gptq
+from gossamer.quantization.targets import target, watch
 
 ROUNDINGS = ("nearest", "gptq", "adaround")
 Progress = Callable[[int, int], None]
@@ -63,13 +64,14 @@ def reconstruct(
             ours.walk(original)
             theirs.walk(layer)
             name = str(weight_name(original))
+            beside = _error_beside(original, ours, theirs)
             if rounding != "nearest" and name in bits and calls[name] == 1:
                 x, q = ours.env[original.args[0]], theirs.env[layer.args[0]]  # type: ignore[index]
-                if _refit(floating, quantised, original, name, bits[name], x, q, rounding):
+                if _refit(floating, quantised, original, name, bits[name], x, q, rounding, beside):
                     theirs.again(layer.args[1], layer.args[2] if len(layer.args) > 2 else None)
             wanted, got = ours.run_node(original), theirs.run_node(layer)
             if bias_correction:
-                shift = channel_mean(layer, wanted) - channel_mean(layer, got)
+                shift = channel_mean(layer, wanted if beside is None else wanted + beside) - channel_mean(layer, got)
                 if shift_bias(quantised, layer, shift):
                     shifts[layer.name] = shift
                     got = got + (shift if op_name(layer) in LINEAR else shift.view(-1, *[1] * (got.dim() - 2)))
@@ -132,8 +134,29 @@ class _Walker(fx.Interpreter):
                 self.env.update(kept)
 
 
+def _error_beside(layer: fx.Node, ours: _Walker, theirs: _Walker) -> Tensor | None:
+    """The error of what a layer's output is added to, where that is there already: the layer can make up for it."""
+    if len(layer.users) != 1 or op_name(joined := next(iter(layer.users))) != "add" or len(joined.args) != 2 or joined.kwargs:
+        return None
+    place = 1 if joined.args[0] is layer else 0
+    twin = next((n for n in theirs.module.graph.nodes if n.name == joined.name), None)  # type: ignore[union-attr]
+    other, arrived = joined.args[place], twin.args[place] if twin is not None else None
+    if other not in ours.env or arrived not in theirs.env or layer.meta["val"].shape != other.meta["val"].shape:  # type: ignore[union-attr]
+        return None
+    error: Tensor = ours.env[other] - theirs.env[arrived]  # type: ignore[index]
+    return error
+
+
 def _refit(
-    floating: fx.GraphModule, quantised: fx.GraphModule, layer: fx.Node, name: str, bits: int, x: Tensor, q: Tensor, rounding: str
+    floating: fx.GraphModule,
+    quantised: fx.GraphModule,
+    layer: fx.Node,
+    name: str,
+    bits: int,
+    x: Tensor,
+    q: Tensor,
+    rounding: str,
+    beside: Tensor | None,
 ) -> bool:
     """New codes, and below 8 bits new steps, for one weight; False where the layer is not understood."""
     w = tensor_at(floating, name).detach()
@@ -143,12 +166,15 @@ def _refit(
     codes, step = tensor_at(quantised, name), tensor_at(quantised, name + "_step")
     w_GRK = shape.rows(w)
     s_GR = step.expand(w.shape[0]).reshape(shape.groups, shape.outputs).clone()
-    h_GKK = damped(moments(shape, q))
-    fit = adaround if rounding == "adaround" else gptq
-    q_GRK = descend(w_GRK, fit(w_GRK, h_GKK, s_GR, bits), h_GKK, s_GR, bits)
+    kept_GRK = None if bool(w.all()) else w_GRK != 0  # zeros of a mask stay
+    seen = watch(shape, w_GRK, x, q, beside)
+    w_GRK, _ = target(w_GRK, seen)
+    h_GKK = damped(sum(seen[1:], seen[0]).covariances()[0])
+    q_GRK = adaround(w_GRK, h_GKK, s_GR, bits) if rounding == "adaround" else gptq(w_GRK, h_GKK, s_GR, bits, kept_GRK)
+    q_GRK = descend(w_GRK, q_GRK if kept_GRK is None else q_GRK * kept_GRK, h_GKK, s_GR, bits, kept_GRK)
     for _ in range(_REFIT if bits < 8 and step.dim() else 0):
         s_GR = fitted_steps(w_GRK, q_GRK, h_GKK, s_GR)
-        q_GRK = descend(w_GRK, q_GRK, h_GKK, s_GR, bits)
+        q_GRK = descend(w_GRK, q_GRK, h_GKK, s_GR, bits, kept_GRK)
     if bits < 8 and step.dim():
         _restep(quantised, name, s_GR.flatten())
     low, fitted = limits(bits, True)[0], q_GRK.reshape(w.shape)

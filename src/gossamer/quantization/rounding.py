@@ -21,7 +21,7 @@ def damped(h_GKK: Tensor, share: float = 0.01) -> Tensor:
     return h_GKK + torch.diag_embed((share * mean_G)[:, None].expand(-1, h_GKK.shape[1]))
 
 
-def gptq(w_GRK: Tensor, h_GKK: Tensor, steps_GR: Tensor, bits: int) -> Tensor:
+def gptq(w_GRK: Tensor, h_GKK: Tensor, steps_GR: Tensor, bits: int, kept_GRK: Tensor | None = None) -> Tensor:
     """Round column by column, the most varying input first; what a column loses, the columns still to come make up for.
 
     Example:
@@ -37,6 +37,7 @@ def gptq(w_GRK: Tensor, h_GKK: Tensor, steps_GR: Tensor, bits: int) -> Tensor:
         h_GKK: covariance of the inputs, positive definite (`damped`).
         steps_GR: step of each output.
         bits: 2 to 8.
+        kept_GRK: where codes may differ from 0; None: everywhere.
 
     Returns:
         Codes as floats, shape of ``w_GRK``.
@@ -51,13 +52,14 @@ def gptq(w_GRK: Tensor, h_GKK: Tensor, steps_GR: Tensor, bits: int) -> Tensor:
     h = h_GKK.gather(1, order_GK[:, :, None].expand_as(h_GKK)).gather(2, order_GK[:, None].expand_as(h_GKK))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(h.double()))
     u = torch.linalg.cholesky(inverse, upper=True).to(w.dtype)
-    q, s_GR = torch.empty_like(w), steps_GR
+    q, s_GR, kept = torch.empty_like(w), steps_GR, None if kept_GRK is None else kept_GRK.gather(2, columns_GRK)
     for start in range(0, w.shape[2], _BLOCK):
         stop = min(start + _BLOCK, w.shape[2])
         part, errors = w[:, :, start:stop].clone(), torch.empty_like(w[:, :, start:stop])
         for j in range(stop - start):
             k = start + j
             code = (part[:, :, j] / s_GR).round_().clamp_(low, high)
+            code = code if kept is None else code * kept[:, :, k]
             q[:, :, k] = code
             errors[:, :, j] = (part[:, :, j] - code * s_GR) / u[:, k, k, None]
             part[:, :, j:] -= errors[:, :, j, None] * u[:, k, None, k:stop]
@@ -65,7 +67,9 @@ def gptq(w_GRK: Tensor, h_GKK: Tensor, steps_GR: Tensor, bits: int) -> Tensor:
     return torch.empty_like(q).scatter_(2, columns_GRK, q)
 
 
-def descend(w_GRK: Tensor, q_GRK: Tensor, h_GKK: Tensor, steps_GR: Tensor, bits: int, *, sweeps: int = 3) -> Tensor:
+def descend(
+    w_GRK: Tensor, q_GRK: Tensor, h_GKK: Tensor, steps_GR: Tensor, bits: int, kept_GRK: Tensor | None = None, *, sweeps: int = 3
+) -> Tensor:
     """Coordinate descent over codes: each in turn takes the value that is best given all others; the error never grows.
 
     Args:
@@ -74,6 +78,7 @@ def descend(w_GRK: Tensor, q_GRK: Tensor, h_GKK: Tensor, steps_GR: Tensor, bits:
         h_GKK: covariance of the inputs.
         steps_GR: step of each output.
         bits: 2 to 8.
+        kept_GRK: where codes may differ from 0; None: everywhere.
         sweeps: times every code is visited.
 
     Returns:
@@ -94,6 +99,7 @@ def descend(w_GRK: Tensor, q_GRK: Tensor, h_GKK: Tensor, steps_GR: Tensor, bits:
             for j in range(stop - start):
                 k = start + j
                 best = (q[:, :, k] - near[:, :, j] / (diagonal_GK[:, None, k] * s)).round_().clamp_(low, high)
+                best = best if kept_GRK is None else best * kept_GRK[:, :, k]
                 moves[:, :, j] = (best - q[:, :, k]) * s
                 q[:, :, k] = best
                 near[:, :, j:] += moves[:, :, j, None] * h_GKK[:, None, k, start + j : stop]

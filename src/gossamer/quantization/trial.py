@@ -16,6 +16,7 @@ from gossamer.quantization.edits import activation_edit, weight_edits
 from gossamer.quantization.equalization import Wire, equalize, find_wires
 from gossamer.quantization.observers import Channels
 from gossamer.quantization.points import Points
+from gossamer.quantization.reconstruction import reconstruct
 
 _SAMPLES = 32  # that scales are taken from, and as many others that they are tried on
 
@@ -27,6 +28,7 @@ def equalize_where_it_helps(
     bits: Mapping[str, int],
     activation_bits: int,
     leaves: list[Any],
+    rounding: str = "nearest",
 ) -> tuple[int, str]:
     """Equalise a canonical graph in place with the wires that lower the noise on other samples: none, those without a clip, or all.
 
@@ -40,6 +42,7 @@ def equalize_where_it_helps(
         bits: width of each weight.
         activation_bits: of the activations.
         leaves: flat inputs, several samples.
+        rounding: how weights of fewer than 8 bits are rounded in the trial, biases corrected: to nearest they would drown what scales do in their noise.
 
     Returns:
         How many wires were rescaled, and a note.
@@ -63,7 +66,7 @@ def equalize_where_it_helps(
             twins = dict(zip(floating.graph.nodes, copied.graph.nodes, strict=True))
             theirs = [_twin(w, twins) for w in chosen]
             equalize(copied, theirs, {twins[n]: c for n, c in observer.channels.items()}, bits, activation_bits)
-            noise[name] = _noise(copied, _points(points, twins), bits, activation_bits, first, second, wanted)
+            noise[name] = _noise(copied, _points(points, twins), bits, activation_bits, first, second, wanted, rounding)
     best = min(noise, key=noise.__getitem__)
     count = equalize(floating, choices[best], seen, bits, activation_bits)
     tried = ", ".join(f"{k} {v:.3g}" for k, v in noise.items())
@@ -88,12 +91,16 @@ def _noise(
     first: list[Any],
     second: list[Any],
     wanted: list[Tensor],
+    rounding: str,
 ) -> float:
-    """Squared error of the outputs over their mean square, weights rounded to nearest."""
+    """Squared error of the outputs over their mean square."""
     histograms = observe_again(copied, points.activations, first)
     rounded = {n: activation_edit(name, histograms[n], "mse", activation_bits) for n, name in points.activations.items()}
     edits = [*weight_edits(copied, points, rounded, bits), *rounded.values()]
-    got = _outputs(quantized(copied, edits), second)
+    network = quantized(copy.deepcopy(copied), edits)
+    if rounding != "nearest" and min(bits.values()) < 8:
+        reconstruct(copied, network, first, bits, rounding=rounding)
+    got = _outputs(network, second)
     return sum(float((a - b).square().sum() / a.square().sum().clamp(min=1e-30)) for a, b in zip(wanted, got, strict=True))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from gossamer.plan import QuantizeActivation, QuantizeWeight
@@ -25,7 +25,7 @@ from gossamer.quantization.graph import (
     weight_name,
 )
 from gossamer.quantization.graph import weighted_nodes as weighted
-from gossamer.quantization.ops import along, limits
+from gossamer.quantization.ops import along, dequantize, limits
 from gossamer.quantization.points import source
 from gossamer.quantization.training.norms import FoldedNorm, layers_with_norm
 from gossamer.quantization.training.rounding import RoundedActivation, RoundedWeight
@@ -61,6 +61,28 @@ def trainable(floating: fx.GraphModule, edits: Sequence[Any], statistics: Mappin
     module.graph.lint()
     module.recompile()
     return module.train()
+
+
+def as_fitted(floating: fx.GraphModule, fitted: nn.Module, edits: Sequence[Any]) -> fx.GraphModule:
+    """A copy of a float graph whose weights round to the codes that a quantised network holds, each as near to the float weight as that allows.
+
+    What was fitted to calibration data (`gossamer.quantization.reconstruction`) is so where training starts.
+
+    Args:
+        floating: what `canonical` returned, equalised as it was when it was quantised.
+        fitted: the quantised network.
+        edits: what it was made with, its steps in them.
+    """
+    module = copy.deepcopy(floating)
+    names = {str(weight_name(n)) for n in weighted(module.graph)}
+    with torch.no_grad():
+        for edit in (e for e in edits if isinstance(e, QuantizeWeight) and e.tensor in names):
+            stored, step = tensor_at(fitted, edit.tensor), tensor_at(fitted, edit.tensor + "_step")
+            zero = None if edit.signed else tensor_at(fitted, edit.tensor + "_zero_point")
+            w, middle = tensor_at(module, edit.tensor).detach(), dequantize(stored, step, zero, edit.axis)
+            reach = 0.49 * along(step, w, edit.axis)
+            w.copy_(torch.minimum(torch.maximum(w, middle - reach), middle + reach))
+    return module
 
 
 def finished(trained: fx.GraphModule, floating: fx.GraphModule) -> tuple[fx.GraphModule, list[Any]]:

@@ -16,7 +16,7 @@ from gossamer.errors import UsageError
 from gossamer.plan import Mask, Plan, QuantizeActivation, QuantizeWeight, Share
 from gossamer.quantization.build import quantized
 from gossamer.quantization.training.norms import FreezeNorms, output_statistics
-from gossamer.quantization.training.prepare import finished, trainable, unrounded
+from gossamer.quantization.training.prepare import as_fitted, finished, trainable, unrounded
 from gossamer.result import Result
 from gossamer.training import fit
 from gossamer.training.feeding import count_batches, own_randomness, seed_epoch, take_apart
@@ -72,6 +72,7 @@ def train_quantized(
         raise UsageError(f"freeze_norms={freeze_norms}: a part of the training, in [0, 1]")
     edits = [e for e in result.plan if isinstance(e, QuantizeWeight | QuantizeActivation)]
     steps = epochs * -(-count_batches(data) // accumulate)
+    floating = as_fitted(floating, result.model, edits)
     device = next((p.device for p in floating.parameters()), torch.device("cpu"))
     with own_randomness(data, device):
         seed_epoch(data, seed, 0, device)

@@ -1,0 +1,100 @@
+"""The weights that a layer should have on the inputs that reach it, which earlier rounding has changed: those that give the float layer's output.
+
+Shapes: G groups of a convolution, R outputs of a group, K inputs of one output, N positions of all samples. ``x`` is the float input, ``q`` the one that arrives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gossamer.quantization.moments import Geometry, chosen_samples
+from gossamer.quantization.rounding import damped
+
+_RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Sums over positions of some samples, in float64: of the arriving inputs ``q``, of the output's errors ``e``, and of their products."""
+
+    count: int
+    q_GK: Tensor
+    e_GR: Tensor
+    qq_GKK: Tensor
+    eq_GRK: Tensor
+
+    def __add__(self, other: Seen) -> Seen:
+        return Seen(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    def covariances(self) -> tuple[Tensor, Tensor]:
+        """Of the inputs, (G, K, K), and of the errors with them, (G, R, K), float32."""
+        q_GK, e_GR = self.q_GK / self.count, self.e_GR / self.count
+        h_GKK = self.qq_GKK / self.count - q_GK[:, :, None] * q_GK[:, None]
+        return h_GKK.float(), (self.eq_GRK / self.count - e_GR[:, :, None] * q_GK[:, None]).float()
+
+
+def watch(shape: Geometry, w_GRK: Tensor, x: Tensor, q: Tensor, extra: Tensor | None = None) -> list[Seen]:
+    """What each half of the samples shows; one part where there is one sample. Where there are very many positions, of evenly chosen samples.
+
+    Args:
+        shape: how the layer reads its input.
+        w_GRK: the float weights.
+        x, q: the float input and the one that arrives.
+        extra: what else the output should make up for, shaped as the output: the error of what it is added to.
+    """
+    index = chosen_samples(shape, q)
+    return [_over(shape, w_GRK, x, q, extra, half) for half in (index[::2], index[1::2]) if len(half)]
+
+
+def _over(shape: Geometry, w_GRK: Tensor, x: Tensor, q: Tensor, extra: Tensor | None, index: Tensor) -> Seen:
+    parts = []
+    for part in index.split(shape.at_once(q)) if q.dim() > 1 else [...]:
+        q_GKN = shape.columns(q[part])
+        e_GRN = w_GRK @ (shape.columns(x[part]) - q_GKN)
+        if extra is not None:
+            e_GRN = e_GRN + shape.outputs_of(extra[part])
+        products = (q_GKN @ q_GKN.transpose(1, 2)).double(), (e_GRN @ q_GKN.transpose(1, 2)).double()
+        parts.append(Seen(q_GKN.shape[2], q_GKN.sum(2, dtype=torch.float64), e_GRN.sum(2, dtype=torch.float64), *products))
+    return sum(parts[1:], parts[0])
+
+
+def target(w_GRK: Tensor, seen: list[Seen]) -> tuple[Tensor, float | None]:
+    """The weights whose output on what arrives is nearest to the float layer's on its own input, as far as each half of the samples bears the other out.
+
+    Example:
+        >>> g = torch.Generator().manual_seed(0)
+        >>> w, x = torch.randn(1, 2, 3, generator=g), torch.randn(400, 3, generator=g)
+        >>> found, _ = target(w, watch(Geometry(1, 2, 3, (), (), (), ()), w, x, 0.5 * x))
+        >>> bool(torch.allclose(found, 2 * w, rtol=0.05))
+        True
+
+    Args:
+        w_GRK: float weights.
+        seen: of `watch`.
+
+    Returns:
+        Weights of that shape, and the ridge, as a part of the mean variance, that did best on the other half; None where the float weights did.
+
+    Source:
+        Li et al., "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration", ICML 2025, arXiv:2504.02692, section 3, solved by ridge regression.
+    """
+    if len(seen) < 2:
+        return w_GRK, None
+    gains, halves = dict.fromkeys(_RIDGES, 0.0), [s.covariances() for s in seen]
+    for here, (h_GKK, error_GRK) in zip(halves, halves[::-1], strict=True):
+        for ridge in _RIDGES:
+            move = _solve(*here, ridge)
+            gains[ridge] += float((2 * move * error_GRK - (move @ h_GKK) * move).sum())
+    best = max(gains, key=gains.__getitem__)
+    if not gains[best] > 0:
+        return w_GRK, None
+    return w_GRK + _solve(*(seen[0] + seen[1]).covariances(), best), best
+
+
+def _solve(h_GKK: Tensor, error_GRK: Tensor, ridge: float) -> Tensor:
+    """``error h^-1`` with a ridge, a part of the mean variance, on ``h``'s diagonal."""
+    factor = torch.linalg.cholesky(damped(h_GKK, ridge).double())
+    return torch.cholesky_solve(error_GRK.double().transpose(1, 2), factor).transpose(1, 2).float()
