@@ -188,7 +188,7 @@ def _why_whole(
             if not isinstance(layer, _USERS):
                 return f"a {type(layer).__name__} ({path}) uses it, whose sum over ranks is not known"
             ends.append(path)
-        elif (axis.tensor, axis.dim) not in traced.classes.consumers:  # a depthwise convolution is neither beginning nor end
+        elif not _depthwise(layer):  # which is neither beginning nor end
             if not isinstance(layer, _MAKERS):
                 return f"a {type(layer).__name__} ({path}) makes it, whose input may be used otherwise"
             begins.append(path)
@@ -198,6 +198,10 @@ def _why_whole(
         return f"{sorted(set(begins) & set(ends))[0]} makes what it uses"
     summed = _summed(traced, members, set(ends))
     return summed if summed is not None else (tuple(dict.fromkeys(begins)), tuple(dict.fromkeys(ends)))
+
+
+def _depthwise(layer: nn.Module) -> bool:
+    return isinstance(layer, _ConvNd) and 1 < layer.groups == layer.in_channels
 
 
 def _summed(traced: Trace, members: list[ChannelGroup], ends: set[str]) -> str | None:

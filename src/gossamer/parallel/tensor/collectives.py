@@ -24,14 +24,16 @@ class Ranks:
 
     Args:
         group: their process group; None stands for all ranks.
+        agreeing: a larger group that `largest` asks, where several groups do the same; default: the group.
 
     Attributes:
         rank, degree: place in the group, and its size.
         traffic: what was said.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None, agreeing: dist.ProcessGroup | None = None) -> None:
         self.group = group
+        self.agreeing = agreeing if agreeing is not None else group
         self.rank, self.degree = dist.get_rank(group), dist.get_world_size(group)
         self.traffic = Traffic()
 
@@ -47,9 +49,9 @@ class Ranks:
         return y
 
     def largest(self, x: Tensor) -> Tensor:
-        """The largest over all ranks, as a new tensor."""
+        """The largest over all ranks that agree, as a new tensor."""
         y = x.detach().clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(y, op=dist.ReduceOp.MAX, group=self.group)
+        dist.all_reduce(y, op=dist.ReduceOp.MAX, group=self.agreeing)
         return y
 
     def every(self, x: Tensor, sizes: list[int]) -> list[Tensor]:

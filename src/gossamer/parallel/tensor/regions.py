@@ -19,21 +19,22 @@ class Streams:
     A split part draws other numbers on each rank, and after it all ranks draw the same again, however many channels each has.
     """
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, device: torch.device) -> None:
         self.rank = rank
+        self.random: Any = torch.cuda if device.type == "cuda" else torch
         self._common: Tensor | None = None
 
     def inside(self) -> None:
         """A split part begins."""
         if self._common is None:
-            seed = int(torch.randint(2**62, ()))
-            self._common = torch.get_rng_state()
-            torch.default_generator.manual_seed(seed ^ (self.rank * 0x9E3779B97F4A7C15 % 2**62))
+            seed = int(torch.randint(2**62, (), device="cuda" if self.random is torch.cuda else "cpu"))
+            self._common = self.random.get_rng_state()
+            (torch.default_generator if self.random is torch else torch.cuda).manual_seed(seed ^ (self.rank * 0x9E3779B97F4A7C15 % 2**62))
 
     def outside(self) -> None:
         """It ends."""
         if self._common is not None:
-            torch.set_rng_state(self._common)
+            self.random.set_rng_state(self._common)
             self._common = None
 
 

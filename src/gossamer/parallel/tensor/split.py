@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,11 +13,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils import _pytree as pytree
 
 from gossamer.adapters import free_attention
 from gossamer.errors import NothingToDo, ProofError, UsageError
 from gossamer.parallel.tensor.choice import Choice, Unit, choose
-from gossamer.parallel.tensor.collectives import Ranks
+from gossamer.parallel.tensor.collectives import Ranks, Traffic
 from gossamer.parallel.tensor.layout import Layout
 from gossamer.parallel.tensor.regions import Region, Streams, mark
 from gossamer.parallel.tensor.uses import partial_parameters, sum_gradients
@@ -24,8 +27,8 @@ from gossamer.sources.batches import call, check_inputs, outputs
 from gossamer.surgery import cut
 from gossamer.trace import Trace, plain_forward, trace
 
-TOLERANCE = 1e-4
-"""Largest relative difference of outputs and gradients from those of the whole network."""
+TOLERANCE = 1e-6
+"""Largest relative difference of outputs and gradients from those of the whole network, in float64."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,9 @@ class SplitNetwork:
         return "\n".join(lines)
 
 
-def split_network(model: nn.Module, example_inputs: ExampleInputs, group: dist.ProcessGroup | None = None) -> SplitNetwork:
+def split_network(
+    model: nn.Module, example_inputs: ExampleInputs, group: dist.ProcessGroup | None = None, *, agreeing: dist.ProcessGroup | None = None
+) -> SplitNetwork:
     """Split a network's channels among the ranks of a group; every rank calls it with the same network and inputs.
 
     A rank's share is the network cut to the rank's channels (see `gossamer.surgery`): of layers that make split channels the outputs, of
@@ -79,6 +84,7 @@ def split_network(model: nn.Module, example_inputs: ExampleInputs, group: dist.P
         model: the whole network, the same on every rank; it stays as it is.
         example_inputs: a tuple of positional inputs, or a dict of keyword inputs; the same on every rank.
         group: the ranks; None stands for all.
+        agreeing: ranks that make the same choice, where several groups split the same network; default: the group.
 
     Returns:
         A `SplitNetwork`.
@@ -91,7 +97,7 @@ def split_network(model: nn.Module, example_inputs: ExampleInputs, group: dist.P
     Source: Shoeybi et al. 2019, arXiv:1909.08053 (linear layers and attention).
     """
     refuse_sharded_convolutions(model)
-    ranks = Ranks(group)
+    ranks = Ranks(group, agreeing)
     if ranks.degree < 2:
         raise UsageError("one rank alone has nothing to split channels among: start more, or leave tensor parallel out")
     example_inputs = check_inputs(example_inputs)
@@ -133,18 +139,18 @@ def _attempt(model: nn.Module, traced: Trace, choice: Choice, ranks: Ranks) -> S
     layout = Layout(model, traced.channels, removed)
     partial = partial_parameters(model, share, set(layout.shapes), traced.example_inputs)
     random = any(_random(m) for m in share.modules())
-    streams = Streams(ranks.rank) if random else None
+    streams = Streams(ranks.rank, next(share.parameters()).device) if random else None
     for unit in choice.units:
         region = Region(ranks, streams)
         for path in unit.begins:
             mark(share.get_submodule(path), region, "begin")
         for path in unit.ends:
             mark(share.get_submodule(path), region, "end")
-    sum_gradients(share, partial, ranks.total)
     macs = sum(u.macs for u in choice.units) / max(traced.profile.macs, 1)
-    difference = _difference(model, share, layout, ranks, traced.example_inputs)
+    difference = _difference(model, share, partial, layout, ranks, traced.example_inputs)
     if difference <= TOLERANCE:
-        ranks.traffic.calls = ranks.traffic.bytes = 0
+        sum_gradients(share, partial, ranks.total)
+        ranks.traffic = Traffic()
         return SplitNetwork(share, choice.units, choice.whole, partial, layout, ranks, difference, min(macs, 1.0))
     if len(choice.units) == 1:
         return {choice.units[0].name: f"differs from the whole network by {difference:.1e} when split"}
@@ -172,16 +178,21 @@ def _random(module: nn.Module) -> bool:
     return isinstance(module, _DropoutNd) and module.p > 0 or any(isinstance(r, float) and r > 0 for r in rates)
 
 
-def _difference(whole: nn.Module, share: nn.Module, layout: Layout, ranks: Ranks, example_inputs: ExampleInputs) -> float:
-    """Largest relative difference of outputs and gradients, over all ranks."""
-    expected, found = (_outputs_and_gradients(m, example_inputs) for m in (whole, share))
-    expected = layout.share(expected, ranks.rank)
+def _difference(whole: nn.Module, share: nn.Module, partial: tuple[str, ...], layout: Layout, ranks: Ranks, example_inputs: Any) -> float:
+    """Largest relative difference of outputs and gradients, over all ranks, in float64."""
+    found = []
+    for model, names in ((whole, ()), (share, partial)):
+        exact = copy.deepcopy(model).double()
+        sum_gradients(exact, names, ranks.total)
+        inputs = pytree.tree_map(lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, example_inputs)
+        found.append(_outputs_and_gradients(exact, inputs))
+    expected, got = layout.share(found[0], ranks.rank), found[1]
     worst = torch.zeros((), dtype=torch.float64)
-    largest = max((float(t.abs().max()) for n, t in expected.items() if n in found and t.numel()), default=1.0)
+    largest = max((float(t.abs().max()) for t in expected.values() if t.numel()), default=1.0)
     for n, t in expected.items():
         if t.numel():
-            scale = max(float(t.abs().max()), 1e-3 * largest if not n.startswith("output ") else 1e-12)
-            off = float((found[n] - t).abs().max()) / scale if n in found and found[n].shape == t.shape else float("inf")
+            scale = max(float(t.abs().max()), 1e-7 * largest)
+            off = float((got[n] - t).abs().max()) / scale if n in got and got[n].shape == t.shape else float("inf")
             worst = torch.maximum(worst, torch.tensor(off, dtype=torch.float64).nan_to_num(float("inf")))
     return float(ranks.largest(worst))
 
