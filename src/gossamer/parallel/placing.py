@@ -36,6 +36,11 @@ def place(parallel: Parallel, device: torch.device) -> Iterator[Placement]:
 
             yield Shares(mesh)
             return
+        if parallel.pipeline > 1:
+            from gossamer.parallel.pipeline.placement import Stages
+
+            yield Stages(mesh)
+            return
         from gossamer.parallel.data import Replicas, Shards
 
         yield Shards(mesh) if parallel.shard else Replicas(mesh)

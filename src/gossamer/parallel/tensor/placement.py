@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +17,7 @@ from gossamer.errors import UsageError
 from gossamer.parallel.data.replicas import Replicas
 from gossamer.parallel.mesh import Mesh
 from gossamer.parallel.tensor.split import SplitNetwork, split_network
+from gossamer.parallel.skeletons import skeleton_of
 from gossamer.result import ExampleInputs
 from gossamer.sources.batches import Batch
 from gossamer.training.averaging import make_average
@@ -68,7 +68,7 @@ class Shares(Replicas):
             raise UsageError("tensor parallel does not hold zeros of masks or shared values: train data parallel")
         example = example_of(run.prepare(next(iter(data))))
         set_layout(run.model, False)
-        self._skeleton = copy.deepcopy(run.model).to("meta")
+        self._skeleton = skeleton_of(run.model)
         self.split = split_network(run.model, example, self.mesh.group("tensor"), agreeing=dist.group.WORLD)
         run.model = self.split.model
         if run.channels_last:
@@ -137,7 +137,7 @@ class Shares(Replicas):
 
     def _parts(self, parts: Parts) -> Parts:
         """The same parts of the whole network, to be filled."""
-        model = copy.deepcopy(self._skeleton).to_empty(device="cpu")
+        model = skeleton_of(self._skeleton, "cpu")
         optimizer: Any = SimpleNamespace(param_groups=[{"params": list(model.parameters())}], state={p: {} for p in model.parameters()})
         modules: dict[str, nn.Module] = {}
         if "ema" in parts.modules:
