@@ -14,7 +14,6 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from gossamer.errors import NothingToDo, UsageError
@@ -244,7 +243,13 @@ def refusals(rank, *_):
     from networks_to_divide import trained as fit
 
     said = []
-    for options in ({"optimizer": "adafactor"}, {"penalty": "bn_l1"}, {"after_step": print}, {"precision": "fp16"}, {"memory_budget": "1GB"}):
+    for options in (
+        {"optimizer": "adafactor"},
+        {"penalty": "bn_l1"},
+        {"after_step": print},
+        {"precision": "fp16"},
+        {"memory_budget": "1GB"},
+    ):
         with pytest.raises(UsageError) as e:
             fit("mlp", TP, **options)
         said.append(str(e.value))
@@ -256,4 +261,3 @@ def refusals(rank, *_):
 def test_what_does_not_combine_says_so(tmp_path):
     for said in run(refusals, 2, tmp_path)[0]:
         assert "\n" not in said and ("parallel" in said)
-

@@ -111,7 +111,7 @@ def _own_tensors(graph: nn.Module, model: nn.Module) -> None:
 
 def _is_view(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(r.alias_info is not None for r in schema.returns) or node.target is operator.getitem
+    return (schema is not None and any(r.alias_info is not None for r in schema.returns)) or node.target is operator.getitem
 
 
 def _written(node: fx.Node) -> fx.Node | None:
@@ -137,6 +137,7 @@ def _functional(graph: fx.Graph) -> list[fx.Node]:
             left.append(node)
             continue
         node.target = plain
+        node.meta["in_place"] = True
         order = {n: i for i, n in enumerate(graph.nodes)}
         into.replace_all_uses_with(node, delete_user_cb=lambda u, n=node, o=order: u is not n and o[u] > o[n])  # type: ignore[misc]
     return left

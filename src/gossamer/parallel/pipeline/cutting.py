@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -37,46 +38,57 @@ class Cut:
         return "\n".join(rows) + f"\n{', '.join(f'{b / 1024:.4g} KiB' for b in self.crossing_bytes)} between them, each way"
 
 
-def balanced(seconds: Sequence[float], sending: Sequence[float], stages: int, allowed: Callable[[int, int], bool]) -> tuple[int, ...]:
-    """Positions that make the slowest stage fastest; of several such, those that send least.
+Allowed = Callable[[np.ndarray, int], np.ndarray]
+"""Whether operations from each of some positions up to one may be a stage."""
+
+
+class Balance:
+    """For each number of stages up to a largest, positions that make the slowest stage fastest; of several such, those that send least.
 
     Example:
-        >>> balanced([1, 1, 2, 4], [0, 9, 1, 1, 0], 2, lambda first, end: True)
-        (0, 3, 4)
+        >>> balance = Balance([1, 1, 2, 4], [0, 9, 1, 1, 0], 3, lambda firsts, end: firsts < end)
+        >>> balance.positions(2), balance.positions(3)
+        ((0, 3, 4), (0, 2, 3, 4))
 
     Args:
         seconds: of each operation.
         sending: at each position from 0 to ``len(seconds)``, what it takes to send what crosses it, both ways.
-        stages: at least 1.
-        allowed: whether operations from ``first`` up to ``end`` may be a stage.
-
-    Returns:
-        ``stages + 1`` positions, from 0 to ``len(seconds)``.
-
-    Raises:
-        NothingToDo: the chain has no such positions.
+        most: stages, at least 1.
+        allowed: called with positions before ``end`` and ``end``.
     """
-    n = len(seconds)
-    before, send = np.concatenate([[0.0], np.cumsum(seconds)]), np.asarray(sending, dtype=float)
-    worst, total = np.full((stages + 1, n + 1), np.inf), np.full((stages + 1, n + 1), np.inf)
-    back = np.full((stages + 1, n + 1), -1)
-    worst[0, 0] = total[0, 0] = 0.0
-    may = np.array([[i < j and allowed(i, j) for i in range(n + 1)] for j in range(n + 1)])
-    for s in range(1, stages + 1):
+
+    def __init__(self, seconds: Sequence[float], sending: Sequence[float], most: int, allowed: Allowed) -> None:
+        n = len(seconds)
+        before, send = np.concatenate([[0.0], np.cumsum(seconds)]), np.asarray(sending, dtype=float)
+        worst, total = np.full((most + 1, n + 1), np.inf), np.full((most + 1, n + 1), np.inf)
+        self._back = np.full((most + 1, n + 1), -1)
+        worst[0, 0] = total[0, 0] = 0.0
         for j in range(1, n + 1):
-            i = np.flatnonzero(may[j] & np.isfinite(worst[s - 1]))
-            if not len(i):
+            firsts = np.arange(j)[np.broadcast_to(allowed(np.arange(j), j), (j,))]
+            if not len(firsts):
                 continue
-            slowest = np.maximum(worst[s - 1, i], before[j] - before[i] + send[i] + send[j])
-            sent = total[s - 1, i] + send[j]
-            best = np.lexsort((sent, slowest))[0]
-            worst[s, j], total[s, j], back[s, j] = slowest[best], sent[best], i[best]
-    if not np.isfinite(worst[stages, n]):
-        raise NothingToDo(f"there are no {stages} stages to cut it into")
-    positions = [n]
-    for s in range(stages, 0, -1):
-        positions.append(int(back[s, positions[-1]]))
-    return tuple(reversed(positions))
+            alone = before[j] - before[firsts] + send[firsts] + send[j]
+            slowest = np.maximum(worst[:most, firsts], alone)
+            sent = total[:most, firsts] + send[j]
+            best = np.lexsort((sent, slowest), axis=-1)[:, 0]
+            at = np.arange(most)
+            worst[1:, j], total[1:, j], self._back[1:, j] = slowest[at, best], sent[at, best], firsts[best]
+        self.slowest = worst[:, n]
+        """Seconds of the slowest stage, by their number; infinite where there are not so many."""
+
+    def positions(self, stages: int) -> tuple[int, ...]:
+        """``stages + 1`` positions, from 0 to the end; NothingToDo where there are none."""
+        if not np.isfinite(self.slowest[stages]):
+            raise NothingToDo(f"there are no {stages} stages to cut it into")
+        positions = [self._back.shape[1] - 1]
+        for s in range(stages, 0, -1):
+            positions.append(int(self._back[s, positions[-1]]))
+        return tuple(reversed(positions))
+
+    @property
+    def most(self) -> int:
+        """The most stages that there are."""
+        return int(np.flatnonzero(np.isfinite(self.slowest)).max(initial=0))
 
 
 def cut_chain(chain: Chain, stages: int, seconds: Sequence[float], bandwidth: float) -> Cut:
@@ -91,24 +103,12 @@ def cut_chain(chain: Chain, stages: int, seconds: Sequence[float], bandwidth: fl
     Raises:
         UsageError: the chain cannot be cut into so many stages; it says why.
     """
-    n = len(chain.operations)
-    learned = {name for name, p in chain.graph.named_parameters(remove_duplicate=False) if p.requires_grad}
-    trained = np.cumsum([0] + [any(w in learned for w in chain.weights(i, i + 1)) for i in range(n)])
-
-    def allowed(first: int, end: int) -> bool:
-        return first not in chain.barred and end not in chain.barred and bool(trained[end] > trained[first])
-
-    sizes = [chain.crossing_bytes(p) for p in range(n + 1)]
-    try:
-        positions = balanced(seconds, [2 * b / bandwidth for b in sizes], stages, allowed)
-    except NothingToDo:
-        most = next((s for s in range(stages - 1, 0, -1) if _possible(n, s, allowed)), 0)
-        reasons = list(dict.fromkeys(chain.barred.values()))
-        raise UsageError(
-            f"the network cannot be cut into {stages} stages, {most} at most: its {n} operations can be cut at "
-            f"{n - 1 - sum(0 < p < n for p in chain.barred)} places" + (f"; elsewhere {'; '.join(reasons[:3])}" if reasons else "")
-        ) from None
-    spans = list(zip(positions, positions[1:], strict=False))
+    sizes = [chain.crossing_bytes(p) for p in range(len(chain.operations) + 1)]
+    balance = Balance(seconds, [2 * b / bandwidth for b in sizes], stages, places(chain))
+    if balance.most < stages:
+        raise UsageError(too_many(chain, stages, balance.most))
+    positions = balance.positions(stages)
+    spans = list(pairwise(positions))
     return Cut(
         positions,
         tuple(float(sum(seconds[i:j])) + 2 * (sizes[i] + sizes[j]) / bandwidth for i, j in spans),
@@ -117,10 +117,25 @@ def cut_chain(chain: Chain, stages: int, seconds: Sequence[float], bandwidth: fl
     )
 
 
-def _possible(n: int, stages: int, allowed: Callable[[int, int], bool]) -> bool:
-    try:
-        balanced([0.0] * n, [0.0] * (n + 1), stages, allowed)
-    except NothingToDo:
-        return False
-    return True
+def places(chain: Chain) -> Allowed:
+    """Where a chain can be cut, so that each stage has something to train."""
+    n = len(chain.operations)
+    learned = {name for name, p in chain.graph.named_parameters(remove_duplicate=False) if p.requires_grad}
+    trained = np.cumsum([0] + [any(w in learned for w in chain.weights(i, i + 1)) for i in range(n)])
+    open_ = np.array([p not in chain.barred for p in range(n + 1)])
 
+    def allowed(firsts: np.ndarray, end: int) -> np.ndarray:
+        may: np.ndarray = open_[firsts] & open_[end] & (trained[end] > trained[firsts])
+        return may
+
+    return allowed
+
+
+def too_many(chain: Chain, stages: int, most: int) -> str:
+    """Why there are not so many stages."""
+    n = len(chain.operations)
+    reasons = list(dict.fromkeys(chain.barred.values()))
+    return (
+        f"the network cannot be cut into {stages} stages, {most} at most: its {n} operations can be cut at "
+        f"{n - 1 - sum(0 < p < n for p in chain.barred)} places" + (f"; elsewhere {'; '.join(reasons[:3])}" if reasons else "")
+    )

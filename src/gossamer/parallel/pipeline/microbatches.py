@@ -35,7 +35,9 @@ def choose_size(batch_size: int, ranks: int, parallel: Parallel) -> int:
     if wanted is not None:
         if batch_size % (wanted * ranks):
             each = f" in each of {ranks} pipelines" if ranks > 1 else ""
-            raise UsageError(f"a batch of {batch_size} samples is not {wanted} equal micro-batches{each}: use a batch size that {wanted * ranks} divides")
+            raise UsageError(
+                f"a batch of {batch_size} samples is not {wanted} equal micro-batches{each}: use a batch size that {wanted * ranks} divides"
+            )
         return batch_size // (wanted * ranks)
     if batch_size % ranks:
         raise UsageError(f"a batch of {batch_size} samples is not divided equally among {ranks} pipelines: use another batch size")
@@ -85,7 +87,8 @@ def pieces(batch: Batch, size: int) -> list[Batch]:
 
 def _sizes(data: Any, example_inputs: ExampleInputs) -> Iterator[int]:
     if type(data) is DataLoader and isinstance(data.batch_size, int) and hasattr(data.sampler, "__len__"):
-        whole, rest = divmod(len(data.sampler), data.batch_size)
+        count: int = len(data.sampler)  # type: ignore[arg-type]
+        whole, rest = divmod(count, data.batch_size)
         if whole:
             yield data.batch_size
         if rest and not data.drop_last:

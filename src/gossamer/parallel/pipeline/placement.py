@@ -29,7 +29,6 @@ from gossamer.sources.batches import Batch
 from gossamer.training.averaging import make_average
 from gossamer.training.checkpoint import Parts, Progress
 from gossamer.training.feeding import Part
-from gossamer.training.validation import figures_of
 
 if TYPE_CHECKING:
     from gossamer.training.stepping import Stepper
@@ -72,7 +71,9 @@ class Stages(Replicas):
             raise UsageError(f"pipeline parallel trains in fp32, not {settings['precision']}: leave precision out")
         for name, why in (("penalty", "looks at whole modules"), ("after_step", "is given the whole network")):
             if settings.get(name) is not None:
-                raise UsageError(f"{name} {why}, of which each process has a part in pipeline parallel: leave it out, or train data parallel")
+                raise UsageError(
+                    f"{name} {why}, of which each process has a part in pipeline parallel: leave it out, or train data parallel"
+                )
         if settings["layer_decay"] != 1.0:
             raise UsageError("layer_decay counts all blocks, of which each process has some in pipeline parallel: leave it out")
         if self.mesh.parallel.shard:
@@ -194,7 +195,9 @@ class Stages(Replicas):
 
     def clip(self, parameters: list[Tensor], norm: float) -> None:
         gradients = [p.grad for p in parameters if p.grad is not None]
-        mine = torch.tensor([sum(float(g.detach().double().square().sum()) for g in gradients)], dtype=torch.float64, device=self.mesh.device)
+        mine = torch.tensor(
+            [sum(float(g.detach().double().square().sum()) for g in gradients)], dtype=torch.float64, device=self.mesh.device
+        )
         total = float(self.mesh.total(mine, "pipeline")) ** 0.5
         if total > norm:
             torch._foreach_mul_(gradients, norm / (total + 1e-6))

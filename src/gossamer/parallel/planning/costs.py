@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
@@ -28,6 +29,7 @@ class Machine:
         bandwidth: bytes a second between two processes, in one direction.
         latency_s: seconds that a message takes however short it is.
         memory_bytes: of one process, or None where it does not matter.
+        overlap: fraction of a backward pass during which gradients travel unnoticed, in [0, 1].
     """
 
     flops: float = 1e13
@@ -35,19 +37,22 @@ class Machine:
     bandwidth: float = 25e9
     latency_s: float = 20e-6
     memory_bytes: int | None = None
+    overlap: float = 0.0
 
 
 def flops_of(node: fx.Node) -> int:
     """Floating-point operations of a contraction, forward; 0 of anything else."""
     packet = getattr(node.target, "overloadpacket", None)
     args, kwargs = pytree.tree_map(lambda a: a.meta.get("val") if isinstance(a, fx.Node) else a, (node.args, node.kwargs))
-    out = node.meta.get("val")
+    out: Any = node.meta.get("val")
     if packet is torch.ops.aten.linear:
         return 2 * int(out.numel()) * int(args[1].shape[-1])
     if packet is torch.ops.aten.matmul:
         return 2 * int(out.numel()) * int(args[0].shape[-1])
     if packet is torch.ops.aten.einsum:
-        return 2 * int(math.prod({c: s for t, e in zip(args[1], args[0].split("->")[0].split(","), strict=True) for c, s in zip(e.strip(), t.shape, strict=True)}.values()))
+        terms = zip(args[1], args[0].split("->")[0].split(","), strict=True)
+        sizes = {letter: size for t, term in terms for letter, size in zip(term.strip(), t.shape, strict=True)}
+        return 2 * math.prod(sizes.values())
     if packet in _CONVOLUTIONS:
         x, w = args[0], args[1]
         transposed = "transpose" in str(packet)
@@ -65,12 +70,54 @@ _CONVOLUTIONS = {
 }
 
 
-def touched_bytes(node: fx.Node) -> int:
-    """Bytes that an operation reads and writes; none where it only looks at them another way."""
+def is_view(node: fx.Node) -> bool:
+    """Whether an operation only looks at its operand another way."""
     schema = getattr(node.target, "_schema", None)
-    if schema is not None and any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns):
-        return 0
-    return size_bytes(node) + sum(size_bytes(n) for n in node.all_input_nodes)
+    return schema is not None and any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What each operation of a chain does in one forward pass, as arrays over the operations.
+
+    Attributes:
+        batch: samples that the chain was made for.
+        flops: of contractions.
+        moved: bytes of activations read and written.
+        weighed: bytes of weights read.
+        kept: bytes of results that the backward pass needs: those of all operations but views and what was written in place.
+    """
+
+    batch: int
+    flops: np.ndarray
+    moved: np.ndarray
+    weighed: np.ndarray
+    kept: np.ndarray
+
+    @classmethod
+    def of(cls, chain: Chain) -> Work:
+        """Count it."""
+        rows = []
+        for n in chain.operations:
+            view = is_view(n)
+            operands = [size_bytes(i) for i in n.all_input_nodes if i.op != "get_attr"]
+            weights = [size_bytes(i) for i in n.all_input_nodes if i.op == "get_attr"]
+            kept = 0 if view or n.meta.get("in_place") else size_bytes(n)
+            rows.append((flops_of(n), 0 if view else size_bytes(n) + sum(operands), 0 if view else sum(weights), kept))
+        flops, moved, weighed, kept_ = np.array(rows, dtype=float).reshape(-1, 4).T
+        first = next((n.meta["val"] for n in chain.inputs if isinstance(n.meta.get("val"), Tensor) and n.meta["val"].dim()), None)
+        return cls(len(first) if first is not None else 1, flops, moved, weighed, kept_)
+
+    def seconds(self, machine: Machine, batch: float | None = None) -> np.ndarray:
+        """Seconds of each operation, forward and backward: the longer of computing and moving its bytes.
+
+        Args:
+            machine: what a process has.
+            batch: samples; default: those of the chain.
+        """
+        scale = 1.0 if batch is None else batch / self.batch
+        moving = (self.moved * scale + self.weighed) / machine.memory_bandwidth
+        return (1 + BACKWARD) * np.maximum(self.flops * scale / machine.flops, moving)
 
 
 def predicted_seconds(chain: Chain, machine: Machine) -> list[float]:
@@ -86,7 +133,7 @@ def predicted_seconds(chain: Chain, machine: Machine) -> list[float]:
         chain: of a network, for one micro-batch.
         machine: what a process has.
     """
-    return [(1 + BACKWARD) * max(flops_of(n) / machine.flops, touched_bytes(n) / machine.memory_bandwidth) for n in chain.operations]
+    return [float(s) for s in Work.of(chain).seconds(machine)]
 
 
 def measured_seconds(chain: Chain, inputs: list[Tensor], rounds: int = 3) -> list[float]:

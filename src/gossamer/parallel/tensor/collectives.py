@@ -88,11 +88,11 @@ class _Leave(torch.autograd.Function):
 
 def enter(x: Tensor, ranks: Ranks) -> Tensor:
     """The same tensor; its gradient, of which each rank knows a part, is the sum over the ranks."""
-    entered: Tensor = _Enter.apply(x, ranks)  # type: ignore[no-untyped-call]
+    entered: Tensor = _Enter.apply(x, ranks)
     return entered
 
 
 def leave(x: Tensor, ranks: Ranks) -> Tensor:
     """The sum over the ranks; its gradient, which each rank knows whole, passes."""
-    left: Tensor = _Leave.apply(x, ranks)  # type: ignore[no-untyped-call]
+    left: Tensor = _Leave.apply(x, ranks)
     return left

@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 from gossamer.errors import UsageError
 from gossamer.parallel.data.replicas import Replicas
 from gossamer.parallel.mesh import Mesh
-from gossamer.parallel.tensor.split import SplitNetwork, split_network
 from gossamer.parallel.skeletons import skeleton_of
+from gossamer.parallel.tensor.split import SplitNetwork, split_network
 from gossamer.result import ExampleInputs
 from gossamer.sources.batches import Batch
 from gossamer.training.averaging import make_average
@@ -152,4 +152,3 @@ def example_of(batch: Batch, rows: int = 2) -> ExampleInputs:
     given: Any = tuple(batch.args) if batch.args else dict(batch.kwargs)
     n = next((len(t) for t in pytree.tree_leaves(given) if isinstance(t, Tensor) and t.dim()), 0)
     return pytree.tree_map(lambda t: t[:rows] if isinstance(t, Tensor) and t.dim() and len(t) == n else t, given)
-

@@ -113,6 +113,24 @@ def split_network(
         refused |= found
 
 
+def share_of(model: nn.Module, traced: Trace, degree: int) -> tuple[nn.Module, Choice]:
+    """The largest share of a network among ``degree`` ranks, without sums: what costs are counted from. NothingToDo where nothing is split."""
+    refused: dict[str, str] = {}
+    while True:
+        choice = choose(model, traced, degree, refused)
+        if not choice.units:
+            raise NothingToDo(f"no channels can be split among {degree} ranks: {_reasons(choice)}")
+        gone = choice.removed(0, degree, traced.channels.num_classes)
+        try:
+            made = cut(model, traced, gone)
+            left = made.frozen & gone
+        except (NothingToDo, ProofError):
+            left = gone
+        if not bool(left.any()):
+            return made.model, choice
+        refused |= _refused(traced, choice, left, "its layers do not run with fewer channels")
+
+
 def refuse_sharded_convolutions(model: nn.Module) -> None:
     """UsageError where DTensor has split a convolution's weight: its result would be wrong without a word."""
     for name, module in model.named_modules():
@@ -175,7 +193,7 @@ def _reasons(choice: Choice) -> str:
 
 def _random(module: nn.Module) -> bool:
     rates = (getattr(module, n, 0.0) for n in ("p", "dropout", "drop_prob", "dropout_p", "attention_dropout"))
-    return isinstance(module, _DropoutNd) and module.p > 0 or any(isinstance(r, float) and r > 0 for r in rates)
+    return (isinstance(module, _DropoutNd) and module.p > 0) or any(isinstance(r, float) and r > 0 for r in rates)
 
 
 def _difference(whole: nn.Module, share: nn.Module, partial: tuple[str, ...], layout: Layout, ranks: Ranks, example_inputs: Any) -> float:
