@@ -84,6 +84,7 @@ class Stages(Replicas):
             raise UsageError("feature distillation taps layers of all stages: distil logits, or train data parallel")
         if run.after_step is not None:
             raise UsageError("pipeline parallel does not hold zeros of masks or shared values: train data parallel")
+        self.copy_first(run, adapters, dist.group.WORLD)
         run.channels_last = False
         part = next(iter(data))
         self.size = choose_size(part.total, self.ranks, self.mesh.parallel)

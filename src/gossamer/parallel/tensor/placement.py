@@ -66,6 +66,7 @@ class Shares(Replicas):
             raise UsageError("feature distillation taps whole layers, which tensor parallel splits: distil logits, or train data parallel")
         if run.after_step is not None:
             raise UsageError("tensor parallel does not hold zeros of masks or shared values: train data parallel")
+        self.copy_first(run, adapters, dist.group.WORLD)
         example = example_of(run.prepare(next(iter(data))))
         set_layout(run.model, False)
         self._skeleton = skeleton_of(run.model)
