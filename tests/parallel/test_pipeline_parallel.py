@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from launching import run
-from networks_to_divide import assert_alike, assert_same, trained
+from networks_to_divide import assert_alike, assert_same, furthest, network, trained
 from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, TensorDataset
 
+import gossamer as gs
 from gossamer.errors import ExportError, NothingToDo, UsageError
 from gossamer.models import mobilenet_v2
 from gossamer.parallel import Parallel
@@ -235,6 +236,27 @@ def test_checkpoints_of_a_pipeline_go_on_in_another(tmp_path):
     ours = run(resumed, 2, tmp_path / "processes", tmp_path)
     assert_alike(ours[0], reference)
     assert_same([state for state, _ in ours])
+
+
+def techniques(_rank, parallel, accumulate=1):
+    data = batches(4)
+    zeros = gs.sparsify(network("mobilenet"), sparsity=0.5)
+    shared = gs.cluster(network("mobilenet"), bits=4)
+    options = {"epochs": 1, "lr": 1e-3, "optimizer": "sgd", "parallel": parallel, "accumulate": accumulate}
+    data = data if accumulate == 1 else micro(data, 2)
+    distilled = gs.distill(network("vit"), network("mobilenet"), data, **options).model
+    return [distilled.state_dict(), *(gs.fit(made, data, **options).model.state_dict() for made in (zeros, shared))]
+
+
+def test_distillation_zeros_and_shared_values_in_stages(tmp_path):
+    torch.manual_seed(0)
+    reference = techniques(0, None, 4)
+    found = run(techniques, 2, tmp_path, GPIPE)[0]
+    for mine, theirs in zip(found, reference, strict=True):
+        assert furthest(mine, theirs) < 1e-5
+    name = "features.5.conv.2.weight"
+    assert torch.equal(found[1][name] == 0, reference[1][name] == 0) and bool((found[1][name] == 0).any())
+    assert len(found[2][name].unique()) <= 16
 
 
 def refusals(_rank, *_):

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from launching import run
-from networks_to_divide import assert_alike, assert_same, images, network, rows, trained
+from networks_to_divide import assert_alike, assert_same, furthest, images, network, rows, trained
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader
 
+import gossamer as gs
 from gossamer.errors import NothingToDo, UsageError
 from gossamer.models import mobilenet_v2
 from gossamer.parallel import Parallel
@@ -239,6 +240,28 @@ def test_of_a_mobilenet_each_block_is_split_inside():
     assert all(u.begins[0].rsplit(".", 3)[0] == u.ends[0].rsplit(".", 2)[0] for u in blocks[1:16])
 
 
+def techniques(_rank, parallel):
+    data = list(DataLoader(images(32), batch_size=8))
+    zeros = gs.sparsify(network("mobilenet"), sparsity=0.5)
+    options = {"epochs": 1, "lr": 1e-3, "optimizer": "sgd", "parallel": parallel}
+    distilled = gs.distill(network("vit"), network("mobilenet"), data, **options).model
+    return [distilled.state_dict(), gs.fit(zeros, data, **options).model.state_dict()]
+
+
+def assert_techniques(found):
+    reference = techniques(0, None)
+    for mine, theirs in zip(found, reference, strict=True):
+        assert furthest(mine, theirs) < 1e-5
+    weights = [n for n in reference[1] if n.endswith("conv.2.weight")]
+    assert weights and all(torch.equal(found[1][n] == 0, reference[1][n] == 0) for n in weights)
+    assert any(bool((found[1][n] == 0).any()) for n in weights)
+
+
+def test_distillation_and_zeros_that_stay(tmp_path):
+    torch.manual_seed(0)
+    assert_techniques(run(techniques, 2, tmp_path, TP)[0])
+
+
 def refusals(rank, *_):
     from networks_to_divide import trained as fit
 
@@ -253,6 +276,9 @@ def refusals(rank, *_):
         with pytest.raises(UsageError) as e:
             fit("mlp", TP, **options)
         said.append(str(e.value))
+    with pytest.raises(UsageError, match="share values of a codebook") as e:
+        trained("", TP, model=gs.cluster(network("mlp"), bits=2), data=rows())
+    said.append(str(e.value))
     with pytest.raises(NothingToDo, match="no channels can be split"):
         split_network(nn.Linear(4, 2), (torch.zeros(1, 4),))
     return said

@@ -28,6 +28,7 @@ from gossamer.parallel.skeletons import skeleton_of
 from gossamer.sources.batches import Batch
 from gossamer.training.averaging import make_average
 from gossamer.training.checkpoint import Parts, Progress
+from gossamer.training.constraints import HeldZeros
 from gossamer.training.feeding import Part
 
 if TYPE_CHECKING:
@@ -80,10 +81,8 @@ class Stages(Replicas):
             raise UsageError("pipeline parallel keeps whole stages in each process: leave shard (fsdp) out, or pipeline")
 
     def wrap(self, run: Stepper, data: Iterable[Any], adapters: nn.Module | None) -> None:
-        if adapters is not None:
+        if adapters is not None and any(True for _ in adapters.parameters()):
             raise UsageError("feature distillation taps layers of all stages: distil logits, or train data parallel")
-        if run.after_step is not None:
-            raise UsageError("pipeline parallel does not hold zeros of masks or shared values: train data parallel")
         self.copy_first(run, adapters, dist.group.WORLD)
         run.channels_last = False
         part = next(iter(data))
@@ -101,6 +100,9 @@ class Stages(Replicas):
         run.model = self.stage.module
         run.model.train()
         self._run = run
+        if isinstance(run.after_step, HeldZeros):
+            own = dict(run.model.named_parameters())
+            run.after_step = run.after_step.mapped(lambda masks: {self._names[n]: m for n, m in masks.items() if self._names[n] in own})
         if run.average is not None:
             run.average = make_average(run.model, float(self._settings["ema"]))
 

@@ -148,7 +148,7 @@ def _components(traced: Trace) -> list[tuple[list[ChannelGroup], list[Axis]]]:
     members_of: list[tuple[Axis, list[int]]] = []
     for axis in traced.channels.axes:
         labels = axis.labels.unique()
-        members = sorted({int(of[c]) for c in labels[labels >= 0].tolist()})
+        members = sorted({int(of[c]) for c in labels[labels >= 0].tolist()} - {-1})  # a class may be in no family
         members_of.append((axis, members))
         if axis.role != "pointwise":
             for other in members[1:]:
@@ -174,13 +174,14 @@ def _why_whole(
     for _, p in model.named_parameters(remove_duplicate=False):
         registered[id(p)] += 1
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    mine = _classes(traced, members)
     begins, ends = [], []
     for axis in axes:
         path = axis.tensor.rpartition(".")[0]
         layer = model.get_submodule(path)
         if axis.role == "pointwise":
             continue
-        if bool((axis.labels < 0).any()):
+        if not bool(mine[axis.labels].all()):
             return f"only some channels of {axis.tensor} belong to it"
         if registered[id(tensors[axis.tensor])] > 1:
             return f"{axis.tensor} is used by several modules"
@@ -200,15 +201,21 @@ def _why_whole(
     return summed if summed is not None else (tuple(dict.fromkeys(begins)), tuple(dict.fromkeys(ends)))
 
 
+def _classes(traced: Trace, members: list[ChannelGroup]) -> Tensor:
+    """bool for every class, and False at the end for what has none."""
+    mine = torch.zeros(traced.channels.num_classes + 1, dtype=torch.bool)
+    for g in members:
+        mine[g.classes] = True
+    return mine
+
+
 def _depthwise(layer: nn.Module) -> bool:
     return isinstance(layer, _ConvNd) and 1 < layer.groups == layer.in_channels
 
 
 def _summed(traced: Trace, members: list[ChannelGroup], ends: set[str]) -> str | None:
     """The first operation outside the layers at the end that sums over a unit's channels, or pairs them with one another."""
-    mine = torch.zeros(traced.channels.num_classes + 1, dtype=torch.bool)
-    for g in members:
-        mine[g.classes] = True
+    mine = _classes(traced, members)
     of = torch.from_numpy(traced.classes.of)
 
     def inside(planes: tuple[Tensor, ...]) -> list[Tensor]:

@@ -22,6 +22,8 @@ from gossamer.result import ExampleInputs
 from gossamer.sources.batches import Batch
 from gossamer.training.averaging import make_average
 from gossamer.training.checkpoint import Parts, Progress
+from gossamer.training.codebooks import Codebook
+from gossamer.training.constraints import HeldZeros
 from gossamer.training.layout import set_layout
 from gossamer.training.placement import Placement
 
@@ -62,16 +64,18 @@ class Shares(Replicas):
             raise UsageError("tensor parallel keeps whole shares in each process: leave shard (fsdp) out, or tensor")
 
     def wrap(self, run: Stepper, data: Iterable[Any], adapters: nn.Module | None) -> None:
-        if adapters is not None:
+        if adapters is not None and any(True for _ in adapters.parameters()):
             raise UsageError("feature distillation taps whole layers, which tensor parallel splits: distil logits, or train data parallel")
-        if run.after_step is not None:
-            raise UsageError("tensor parallel does not hold zeros of masks or shared values: train data parallel")
+        if any(isinstance(m, Codebook) for m in run.model.modules()):
+            raise UsageError("tensor parallel does not split weights that share values of a codebook: train data or pipeline parallel")
         self.copy_first(run, adapters, dist.group.WORLD)
         example = example_of(run.prepare(next(iter(data))))
         set_layout(run.model, False)
         self._skeleton = skeleton_of(run.model)
         self.split = split_network(run.model, example, self.mesh.group("tensor"), agreeing=dist.group.WORLD)
         run.model = self.split.model
+        if isinstance(run.after_step, HeldZeros):
+            run.after_step = run.after_step.mapped(lambda masks: self.split.layout.share(masks, self.split.ranks.rank))
         if run.channels_last:
             set_layout(run.model, True)
         if run.average is not None:
