@@ -147,10 +147,14 @@ def measured_seconds(chain: Chain, inputs: list[Tensor], rounds: int = 3) -> lis
     best: dict[fx.Node, float] = {}
     kept = [(b, b.clone()) for b in chain.graph.buffers()]
 
+    waits = any(t.is_cuda for t in inputs)
+
     class Timed(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             started = time.perf_counter()
             out = super().run_node(n)
+            if waits:
+                torch.cuda.synchronize()
             best[n] = min(best.get(n, math.inf), time.perf_counter() - started)
             return out
 

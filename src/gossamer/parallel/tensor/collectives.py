@@ -25,14 +25,21 @@ class Ranks:
     Args:
         group: their process group; None stands for all ranks.
         agreeing: a larger group that `largest` asks, where several groups do the same; default: the group.
+        device: where messages are made of tensors; default: the CPU.
 
     Attributes:
         rank, degree: place in the group, and its size.
         traffic: what was said.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, agreeing: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        agreeing: dist.ProcessGroup | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         self.group = group
+        self.device = device or torch.device("cpu")
         self.agreeing = agreeing if agreeing is not None else group
         self.rank, self.degree = dist.get_rank(group), dist.get_world_size(group)
         self.traffic = Traffic()
@@ -50,9 +57,9 @@ class Ranks:
 
     def largest(self, x: Tensor) -> Tensor:
         """The largest over all ranks that agree, as a new tensor."""
-        y = x.detach().clone(memory_format=torch.contiguous_format)
+        y = x.detach().to(self.device, copy=True)
         dist.all_reduce(y, op=dist.ReduceOp.MAX, group=self.agreeing)
-        return y
+        return y.to(x.device)
 
     def every(self, x: Tensor, sizes: list[int]) -> list[Tensor]:
         """A vector of each rank, of which rank ``r`` has ``sizes[r]`` entries."""

@@ -97,7 +97,7 @@ def split_network(
     Source: Shoeybi et al. 2019, arXiv:1909.08053 (linear layers and attention).
     """
     refuse_sharded_convolutions(model)
-    ranks = Ranks(group, agreeing)
+    ranks = Ranks(group, agreeing, next((p.device for p in model.parameters()), None))
     if ranks.degree < 2:
         raise UsageError("one rank alone has nothing to split channels among: start more, or leave tensor parallel out")
     example_inputs = check_inputs(example_inputs)
