@@ -4,17 +4,18 @@
     python benchmarks/parallel_planner.py curve --picture docs/parallel-scaling.png
 
 `measure` first times this machine: a product of matrices, a copy, messages between two gloo processes, and one step in one process, by which the
-compute part of the model is scaled (the factor is printed). Then it trains with `gossamer.fit` in two processes of one thread each, and compares the
-median step with the prediction. `curve` measures nothing.
+compute part of the model is scaled to its CPU seconds (the factor is printed). Then it trains with `gossamer.fit` in two processes of one thread each, and compares CPU
+seconds of the first process (median) and its fastest step with the prediction: others may use the machine, too. What was timed is kept in the folder. `curve` measures nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -55,12 +56,16 @@ def batches(side: int, size: int, count: int) -> list[tuple[torch.Tensor, torch.
     return [(torch.randn(size, 3, side, side, generator=g), torch.randint(10, (size,), generator=g)) for _ in range(count)]
 
 
-def step_seconds(kind: str, parallel: Parallel | None, steps: int) -> list[float]:
-    """Seconds of each step but the first two."""
+def step_seconds(kind: str, parallel: Parallel | None, steps: int) -> list[tuple[float, float]]:
+    """Wall and CPU seconds of each step but the first two."""
     model, side, size = network(kind)
-    ticks: list[float] = []
-    gs.fit(model, batches(side, size, steps), optimizer="sgd", parallel=parallel, progress=lambda *_: ticks.append(time.perf_counter()))
-    return [b - a for a, b in pairwise(ticks[1:])]
+    ticks: list[tuple[float, float]] = []
+
+    def tick(*_: int) -> None:
+        ticks.append((time.perf_counter(), time.process_time()))
+
+    gs.fit(model, batches(side, size, steps), optimizer="sgd", parallel=parallel, progress=tick)
+    return [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(ticks[1:])]
 
 
 def in_process(rank: int, world: int, store: str, kind: str, parallel: Parallel | None, steps: int, out: str) -> None:
@@ -77,11 +82,11 @@ def in_process(rank: int, world: int, store: str, kind: str, parallel: Parallel 
     dist.destroy_process_group()
 
 
-def spawned(kind: str, parallel: Parallel | None, steps: int, folder: Path) -> list[float]:
+def spawned(kind: str, parallel: Parallel | None, steps: int, folder: Path) -> list[Any]:
     out, store = folder / "out", folder / "store"
     store.unlink(missing_ok=True)
     mp.spawn(in_process, (2, str(store), kind, parallel, steps, str(out)), 2)
-    found: list[float] = torch.load(out)
+    found: list[Any] = torch.load(out)
     return found
 
 
@@ -111,19 +116,23 @@ def best_of(work: Any, rounds: int = 5) -> float:
 
 def this_machine(folder: Path) -> Machine:
     torch.set_num_threads(1)
-    a, b, big = torch.randn(512, 512), torch.randn(512, 512), torch.randn(2**24)
+    a, b, x, y = torch.randn(512, 512), torch.randn(512, 512), torch.randn(2**20), torch.empty(2**20)
     flops = 2 * 512**3 / best_of(lambda: a @ b)
-    memory = 2 * big.numel() * 4 / best_of(lambda: big.clone())
+    memory = 2 * x.numel() * 4 / best_of(lambda: y.copy_(x), 20)
     bandwidth, latency = spawned("", None, 0, folder)
     return Machine(flops=flops, memory_bandwidth=memory, bandwidth=bandwidth, latency_s=latency)
 
 
 def measure(kind: str, splits: list[str], steps: int, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    machine = this_machine(folder)
+    kept = folder / f"{kind}.json"
+    if not kept.exists():
+        torch.set_num_threads(1)
+        kept.write_text(json.dumps([asdict(this_machine(folder)), statistics.median(cpu for _, cpu in step_seconds(kind, None, steps))]))
+    known, one = json.loads(kept.read_text())
+    machine = Machine(**known)
     model, side, size = network(kind)
     planner = Planner(model, (torch.randn(2, 3, side, side),), optimizer="sgd")
-    one = statistics.median(step_seconds(kind, None, steps))
     raw = planner.split(Parallel(), size, machine, None)
     assert not isinstance(raw, str)
     factor = one / raw.seconds
@@ -134,7 +143,8 @@ def measure(kind: str, splits: list[str], steps: int, folder: Path) -> None:
     )
     print(f"one process: {1e3 * raw.seconds:.0f} ms predicted from these, {1e3 * one:.0f} ms measured; compute is scaled by {factor:.2f}")
     scaled = replace(machine, flops=machine.flops / factor, memory_bandwidth=machine.memory_bandwidth / factor)
-    print(f"{'split':10}{'predicted ms':>14}{'measured ms':>13}{'error':>8}{'sent KB':>10}")
+    head = ("split", "computing: predicted", "CPU", "error", "step: predicted", "wall", "error", "sent")
+    print(" | ".join(head))
     for text in splits:
         parallel = Parallel.parse(text, world=2)
         if parallel.pipeline > 1:
@@ -143,14 +153,16 @@ def measure(kind: str, splits: list[str], steps: int, folder: Path) -> None:
         if isinstance(predicted, str):
             print(f"{text:10} {predicted}")
             continue
-        found = statistics.median(spawned(kind, parallel, steps, folder))
+        found = spawned(kind, parallel, steps, folder)
+        wall, cpu = min(w for w, _ in found), statistics.median(c for _, c in found)
         sent = sum(predicted.sent_bytes.values())
-        print(
-            f"{text:10}{1e3 * predicted.seconds:14.0f}{1e3 * found:13.0f}{predicted.seconds / found - 1:8.0%}{sent / 1e3:10.0f}", flush=True
-        )
+        computing, step = predicted.compute_seconds, predicted.seconds
+        row = [text, f"{1e3 * computing:.0f} ms", f"{1e3 * cpu:.0f} ms", f"{computing / cpu - 1:+.0%}"]
+        row += [f"{1e3 * step:.0f} ms", f"{1e3 * wall:.0f} ms", f"{step / wall - 1:+.0%}", f"{sent / 1e3:.0f} KB"]
+        print(" | ".join(row), flush=True)
 
 
-def curve(kind: str, picture: Path | None, most: int) -> None:
+def curve(kind: str, picture: Path | None, least: int, most: int, folder: Path) -> None:
     if kind == "vit":
         from torchvision.models import vit_b_16
 
@@ -162,8 +174,10 @@ def curve(kind: str, picture: Path | None, most: int) -> None:
     planner = Planner(model, (torch.randn(2, 3, 224, 224),))
     print(f"{kind}: strong, {STRONG} samples a step in all; weak, {WEAK} for each process; simulated, {CLUSTER}")
     print("processes | strong: split | ms | efficiency | weak: split | ms | efficiency")
-    points: dict[str, list[tuple[int, float]]] = {"strong": [], "weak": []}
-    for world in [2**k for k in range(11) if 2**k <= most]:
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = folder / f"curve-{kind}.json"  # so that it can be made piece by piece
+    points: dict[str, dict[str, float]] = json.loads(kept.read_text()) if kept.exists() else {"strong": {}, "weak": {}}
+    for world in [2**k for k in range(11) if least <= 2**k <= most]:
         cells = [str(world)]
         for name, batch in (("strong", STRONG), ("weak", WEAK * world)):
             plan = planner.plan(world=world, batch_size=batch, machine=CLUSTER)
@@ -171,14 +185,15 @@ def curve(kind: str, picture: Path | None, most: int) -> None:
             if best is None:
                 cells += ["does not fit", "", ""]
                 continue
-            points[name].append((world, best.efficiency))
+            points[name][str(world)] = best.efficiency
             cells += [degrees(best), f"{1e3 * best.seconds:.3g}", f"{best.efficiency:.1%}"]
         print(" | ".join(cells), flush=True)
+    kept.write_text(json.dumps(points))
     if picture is not None:
         draw(kind, points, picture)
 
 
-def draw(kind: str, points: dict[str, list[tuple[int, float]]], path: Path) -> None:
+def draw(kind: str, points: dict[str, dict[str, float]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -186,7 +201,8 @@ def draw(kind: str, points: dict[str, list[tuple[int, float]]], path: Path) -> N
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0.09, 0.14, 0.87, 0.72))
     for (name, line), colour in zip(points.items(), ("#c2410c", "#0f766e"), strict=True):
-        xs, ys = [x for x, _ in line], [100 * y for _, y in line]
+        xs = sorted(map(int, line))
+        ys = [100 * line[str(x)] for x in xs]
         axes.plot(xs, ys, color=colour, lw=2, marker="o", ms=4)
         label = f"{STRONG} samples a step in all" if name == "strong" else f"{WEAK} samples for each process"
         axes.annotate(label, (xs[len(xs) // 2], ys[len(xs) // 2]), xytext=(6, 8), textcoords="offset points", color=colour, fontsize=9)
@@ -214,12 +230,14 @@ def main() -> None:
     other = commands.add_parser("curve")
     other.add_argument("--network", choices=("mobilenet", "vit"), default="mobilenet")
     other.add_argument("--picture", type=Path)
+    other.add_argument("--least", type=int, default=1)
     other.add_argument("--most", type=int, default=1024)
+    other.add_argument("--folder", type=Path, default=Path("parallel-bench"))
     given = parser.parse_args()
     if given.command == "measure":
         measure(given.network, given.splits, given.steps, given.folder)
     else:
-        curve(given.network, given.picture, given.most)
+        curve(given.network, given.picture, given.least, given.most, given.folder)
 
 
 if __name__ == "__main__":

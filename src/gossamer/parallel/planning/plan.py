@@ -123,7 +123,7 @@ class Planner:
             raise UsageError(f"optimizer={optimizer!r}: the planner knows the state of {' and '.join(STATE)}")
         self.model, self.example_inputs, self.optimizer = model, check_inputs(example_inputs), optimizer
         self._laid: dict[int, Laid | str] = {}
-        self._balances: dict[tuple[int, float, Machine], Any] = {}
+        self._balances: dict[tuple[int, int, float, Machine], Any] = {}
 
     def laid(self, tensor: int) -> Laid | str:
         """The network's share for a tensor degree, or why there is none."""
@@ -172,9 +172,9 @@ class Planner:
         micro = own / m
         positions: tuple[int, ...] = (0, len(laid.chain.operations))
         if p > 1:
-            key = (parallel.tensor, micro, machine)
+            key = (parallel.tensor, p, micro, machine)
             if key not in self._balances:
-                self._balances[key] = laid.balance(machine, micro, PIPELINE)
+                self._balances[key] = laid.balance(machine, micro, p)
             if self._balances[key].most < p:
                 return f"it cannot be cut into {p} stages, {self._balances[key].most} at most"
             positions = self._balances[key].positions(p)
