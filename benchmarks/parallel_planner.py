@@ -28,6 +28,7 @@ from torch import nn
 import gossamer as gs
 from gossamer.parallel import Parallel
 from gossamer.parallel.planning import Machine, Planner
+from gossamer.parallel.planning.costs import BACKWARD
 from gossamer.parallel.planning.showing import degrees
 from gossamer.report.picture import GRID, INK, QUIET
 from gossamer.run_folder import processor
@@ -120,7 +121,17 @@ def this_machine(folder: Path) -> Machine:
     flops = 2 * 512**3 / best_of(lambda: a @ b)
     memory = 2 * x.numel() * 4 / best_of(lambda: y.copy_(x), 20)
     bandwidth, latency = spawned("", None, 0, folder)
-    return Machine(flops=flops, memory_bandwidth=memory, bandwidth=bandwidth, latency_s=latency)
+    launch = best_of(started) / (100 * (1 + BACKWARD))
+    return Machine(flops=flops, memory_bandwidth=memory, bandwidth=bandwidth, latency_s=latency, launch_s=launch)
+
+
+def started() -> None:
+    """A hundred operations that do next to nothing, forward and backward."""
+    x = torch.zeros(8, requires_grad=True)
+    y = x
+    for _ in range(100):
+        y = y.sigmoid()
+    y.sum().backward()
 
 
 def measure(kind: str, splits: list[str], steps: int, folder: Path) -> None:
@@ -135,11 +146,13 @@ def measure(kind: str, splits: list[str], steps: int, folder: Path) -> None:
     planner = Planner(model, (torch.randn(2, 3, side, side),), optimizer="sgd")
     raw = planner.split(Parallel(), size, machine, None)
     assert not isinstance(raw, str)
-    factor = one / raw.seconds
+    still = planner.split(Parallel(), size, replace(machine, flops=1e30, memory_bandwidth=1e30), None)
+    assert not isinstance(still, str)
+    factor = (one - still.seconds) / (raw.seconds - still.seconds)
     print(f"{processor()}, torch {torch.__version__}, one thread a process, gloo over loopback; {kind}, batch {size}, {steps} steps")
     print(
         f"measured: {machine.flops / 1e9:.1f} Gflop/s in products, {machine.memory_bandwidth / 1e9:.1f} GB/s of copies, "
-        f"{machine.bandwidth / 1e9:.2f} GB/s and {1e6 * machine.latency_s:.0f} us between processes"
+        f"{1e6 * machine.launch_s:.1f} us to start an operation, {machine.bandwidth / 1e9:.2f} GB/s and {1e6 * machine.latency_s:.0f} us between processes"
     )
     print(f"one process: {1e3 * raw.seconds:.0f} ms predicted from these, {1e3 * one:.0f} ms measured; compute is scaled by {factor:.2f}")
     scaled = replace(machine, flops=machine.flops / factor, memory_bandwidth=machine.memory_bandwidth / factor)

@@ -107,7 +107,7 @@ def test_weights_are_counted_once_and_scale_with_what_divides_them():
 
 def test_a_chain_by_hand():
     net = nn.Sequential(nn.Linear(100, 100, bias=False), nn.Linear(100, 100, bias=False))
-    machine = Machine(flops=1e9, memory_bandwidth=1e15, bandwidth=1e6, latency_s=0.0)
+    machine = Machine(flops=1e9, memory_bandwidth=1e15, bandwidth=1e6, latency_s=0.0, launch_s=0.0)
     plan = Planner(net, (torch.zeros(2, 100),), optimizer="sgd").plan(world=2, batch_size=8, machine=machine, microbatches=4)
     assert plan.one.seconds == pytest.approx(3 * 2 * 2 * 8 * 100 * 100 / 1e9, rel=1e-6)
     pp = next(s for s in plan.splits if s.parallel.pipeline == 2)

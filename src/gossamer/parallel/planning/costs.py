@@ -29,6 +29,7 @@ class Machine:
         bandwidth: bytes a second between two processes, in one direction.
         latency_s: seconds that a message takes however short it is.
         memory_bytes: of one process, or None where it does not matter.
+        launch_s: seconds that an operation takes however little it does.
         overlap: fraction of a backward pass during which gradients travel unnoticed, in [0, 1].
     """
 
@@ -37,6 +38,7 @@ class Machine:
     bandwidth: float = 25e9
     latency_s: float = 20e-6
     memory_bytes: int | None = None
+    launch_s: float = 5e-6
     overlap: float = 0.0
 
 
@@ -109,7 +111,7 @@ class Work:
         return cls(len(first) if first is not None else 1, flops, moved, weighed, kept_)
 
     def seconds(self, machine: Machine, batch: float | None = None) -> np.ndarray:
-        """Seconds of each operation, forward and backward: the longer of computing and moving its bytes.
+        """Seconds of each operation, forward and backward: the longer of computing and moving its bytes, and starting it.
 
         Args:
             machine: what a process has.
@@ -117,7 +119,9 @@ class Work:
         """
         scale = 1.0 if batch is None else batch / self.batch
         moving = (self.moved * scale + self.weighed) / machine.memory_bandwidth
-        return (1 + BACKWARD) * np.maximum(self.flops * scale / machine.flops, moving)
+        starting = machine.launch_s * (self.moved > 0)
+        seconds: np.ndarray = (1 + BACKWARD) * (np.maximum(self.flops * scale / machine.flops, moving) + starting)
+        return seconds
 
 
 def predicted_seconds(chain: Chain, machine: Machine) -> list[float]:
@@ -126,7 +130,7 @@ def predicted_seconds(chain: Chain, machine: Machine) -> list[float]:
     Example:
         >>> from gossamer.parallel.pipeline.chain import chain_of
         >>> chain = chain_of(torch.nn.Linear(100, 10), (torch.zeros(50, 100),))
-        >>> [round(1e6 * s) for s in predicted_seconds(chain, Machine(flops=1e9, memory_bandwidth=1e12))]
+        >>> [round(1e6 * s) for s in predicted_seconds(chain, Machine(flops=1e9, memory_bandwidth=1e12, launch_s=0.0))]
         [300]
 
     Args:

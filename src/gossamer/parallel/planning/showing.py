@@ -41,7 +41,7 @@ def plan_table(plan: ParallelPlan, *, width: int = 80) -> str:
     parts.append(
         wrap(
             f"Predicted, for processes with {limit}{machine.flops:.3g} flop/s, {size(machine.memory_bandwidth)}/s to memory, "
-            f"{size(machine.bandwidth)}/s and {1e6 * machine.latency_s:.3g} us to one another. Memory is that of the process that needs most; "
+            f"{1e6 * machine.launch_s:.3g} us to start an operation, {size(machine.bandwidth)}/s and {1e6 * machine.latency_s:.3g} us to one another. Memory is that of the process that needs most; "
             "sent is by one process in one step. One process alone would take "
             f"{milliseconds(1e3 * plan.one.seconds)} and {size(plan.one.memory.total)}.",
             width,
