@@ -96,7 +96,7 @@ def link(rank: int) -> list[float]:
     times: dict[int, list[float]] = {}
     for size in (2**22, 1):
         x = torch.zeros(size)
-        for _ in range(12):
+        for _ in range(40):
             dist.barrier()
             started = time.perf_counter()
             for _ in range(2):  # there and back
@@ -118,10 +118,10 @@ def best_of(work: Any, rounds: int = 5) -> float:
 def this_machine(folder: Path) -> Machine:
     torch.set_num_threads(1)
     a, b, x, y = torch.randn(512, 512), torch.randn(512, 512), torch.randn(2**20), torch.empty(2**20)
-    flops = 2 * 512**3 / best_of(lambda: a @ b)
-    memory = 2 * x.numel() * 4 / best_of(lambda: y.copy_(x), 20)
+    flops = 2 * 512**3 / best_of(lambda: a @ b, 60)
+    memory = 2 * x.numel() * 4 / best_of(lambda: y.copy_(x), 60)
     bandwidth, latency = spawned("", None, 0, folder)
-    launch = best_of(started) / (100 * (1 + BACKWARD))
+    launch = best_of(started, 20) / (100 * (1 + BACKWARD))
     return Machine(flops=flops, memory_bandwidth=memory, bandwidth=bandwidth, latency_s=latency, launch_s=launch)
 
 

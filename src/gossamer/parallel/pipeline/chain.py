@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
+from io import StringIO
 from typing import Any
 
 import torch
@@ -77,7 +79,7 @@ def chain_of(model: nn.Module, example_inputs: ExampleInputs) -> Chain:
     modes = [(m, m.training) for m in model.modules()]
     model.train()
     try:
-        with quiet():
+        with quiet(), redirect_stderr(StringIO()):  # where a failing export prints the graph
             exported = torch.export.export(model, args, kwargs, strict=False)
             graph: Any = exported.module(check_guards=False)
     except Exception as e:  # torch.export raises many kinds
