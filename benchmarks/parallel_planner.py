@@ -218,8 +218,11 @@ def draw(kind: str, points: dict[str, dict[str, float]], path: Path) -> None:
         ys = [100 * line[str(x)] for x in xs]
         axes.plot(xs, ys, color=colour, lw=2, marker="o", ms=4)
         label = f"{STRONG} samples a step in all" if name == "strong" else f"{WEAK} samples for each process"
-        axes.annotate(label, (xs[len(xs) // 2], ys[len(xs) // 2]), xytext=(6, 8), textcoords="offset points", color=colour, fontsize=9)
+        at, move = (ys.index(max(ys)), (8, 4)) if name == "strong" else (len(xs) - 1, (-130, 30))
+        axes.annotate(label, (xs[at], ys[at]), xytext=move, textcoords="offset points", color=colour, fontsize=9)
     axes.set_xscale("log", base=2)
+    ticks = sorted({int(x) for line in points.values() for x in line})
+    axes.set_xticks(ticks, [f"{x:,}" for x in ticks])
     axes.set_ylim(0, 105)
     axes.grid(color=GRID)
     axes.set_axisbelow(True)
