@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gossamer.lowrank import factorize
     from gossamer.memory import MemoryPlan, plan_memory
     from gossamer.parallel import Parallel
+    from gossamer.parallel.planning import plan_parallel
     from gossamer.plan import Plan
     from gossamer.profiling import benchmark, profile
     from gossamer.pruning import prune
@@ -43,6 +44,7 @@ _HOME = {
     "load_data": "gossamer.sources",
     "load_model": "gossamer.sources",
     "plan_memory": "gossamer.memory",
+    "plan_parallel": "gossamer.parallel.planning",
     "profile": "gossamer.profiling",
     "prune": "gossamer.pruning",
     "qat": "gossamer.flow",
@@ -100,6 +102,7 @@ __all__ = [
     "load_data",
     "load_model",
     "plan_memory",
+    "plan_parallel",
     "profile",
     "prune",
     "qat",

@@ -24,6 +24,7 @@ OPTIONS = {
     "train": {
         *{"--data", "--out", "--weights", "--epochs", "--lr", "--optimizer", "--batch-size", "--accumulate", "--precision"},
         *{"--memory-budget", "--explain-memory", "--parallel", "--workers", "--skip-unreadable", "--resume", "--seed", "--json"},
+        *{"--plan", "--world", "--device-memory", "--bandwidth", "--flops", "--input"},
     },
     "export": {"--format", "--out", "--json"},
     "bench": {

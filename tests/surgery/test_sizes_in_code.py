@@ -451,3 +451,16 @@ def test_queries_that_are_normalised():
     result = gs.prune(Normalised().eval(), (torch.randn(2, 5, 6),), ratio=0.5)
     assert result.model.out.in_features == 12
     assert "q" in result.proof.inexact and not [n for n in result.notes if n.startswith("left in")]
+
+
+def test_as_many_heads_as_samples_are_not_taken_for_the_batch():
+    torch.manual_seed(0)
+    block = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True, norm_first=True).eval()
+    for batch in (3, 4):
+        traced = trace(block, (torch.randn(batch, 5, 16),))
+        heads = next(g for g in traced.channels.groups if g.name == "self_attn")
+        removed = torch.zeros(traced.channels.num_classes, dtype=torch.bool)
+        removed[heads.classes[:2]] = True
+        made = cut(block, traced, removed)
+        assert made.model.self_attn.num_heads == 2 and not made.frozen.any(), batch
+        assert made.proof.holds

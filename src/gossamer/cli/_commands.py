@@ -122,9 +122,9 @@ def _print_report(report: Any, *, as_json: bool, folder: Path | None) -> None:
 @app.command()
 def train(
     model: ModelArg,
-    data: DataOption,
+    data: Annotated[str | None, typer.Option("--data", help="Labelled data to train on; needed unless --plan.")] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for weights, log and checkpoints; needed unless --explain-memory.")
+        Path | None, typer.Option("--out", help="Folder for weights, log and checkpoints; needed unless --explain-memory or --plan.")
     ] = None,
     weights: Weights = None,
     epochs: Annotated[int, typer.Option("--epochs", min=1)] = 10,
@@ -138,6 +138,12 @@ def train(
         bool, typer.Option("--explain-memory", help="Print what a step takes, block by block; train nothing.")
     ] = False,
     parallel: ParallelOption = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Print memory and step time of every split over --world; train nothing.")] = False,
+    world: Annotated[int, typer.Option("--world", min=1, help="Processes to plan for.")] = 8,
+    device_memory: Annotated[str | None, typer.Option("--device-memory", help="Of each process, for example 16GB.")] = None,
+    bandwidth: Annotated[str, typer.Option("--bandwidth", help="Between two processes, for example 25GB/s.")] = "25GB/s",
+    flops: Annotated[str, typer.Option("--flops", help="That each process reaches, for example 10T.")] = "10T",
+    shape: Annotated[str | None, typer.Option("--input", help="Input shape to plan for, for example 2,3,224,224.")] = None,
     workers: Annotated[int, typer.Option("--workers", min=0, help="Processes that read ahead.")] = 0,
     skip_unreadable: Annotated[bool, typer.Option("--skip-unreadable", help="Leave out images that cannot be decoded.")] = False,
     resume: Resume = False,
@@ -148,8 +154,16 @@ def train(
     from gossamer.cli._console import progress, show
     from gossamer.cli._train import explain, is_first, open_both, parallel_of
     from gossamer.cli._train import train as run
-    from gossamer.errors import RunFolderError
+    from gossamer.errors import RunFolderError, UsageError
 
+    if plan:
+        from gossamer.cli._plan import machine_of, planned
+
+        machine = machine_of(device_memory, bandwidth, flops)
+        show(planned(model, weights, shape, world=world, batch_size=batch_size, optimizer=optimizer, machine=machine), as_json=as_json)
+        return
+    if data is None:
+        raise UsageError("name what to train on with --data, or look at splits over many processes with --plan")
     if out is None and not explain_memory:
         raise RunFolderError("name the folder with --out, or look at the memory of a step with --explain-memory")
     options: dict[str, Any] = {"optimizer": optimizer, "precision": precision, "memory_budget": memory_budget}

@@ -62,9 +62,11 @@ def train(
     folder = check_folder(out, resume=resume)
     if (folder / "model.safetensors").exists():
         raise RunFolderError(f"{folder} is already trained: name another folder with --out")
+    parallel: Parallel | None = options.get("parallel")
+    stages = parallel is not None and parallel.pipeline > 1  # whose batches are whole micro-batches
     result = fit(
         model,
-        data.loader("train", batch_size=batch_size, shuffle=True, seed=seed, num_workers=workers),
+        data.loader("train", batch_size=batch_size, shuffle=True, seed=seed, num_workers=workers, drop_last=stages),
         seed=seed,
         checkpoint=folder / "checkpoints",
         resume=resume and (folder / "checkpoints").exists(),

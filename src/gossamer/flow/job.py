@@ -116,7 +116,7 @@ def resolve(
 
     transform = loaded.transform if isinstance(loaded, LoadedModel) else None
     data = load_data(data, transform=transform, seed=seed) if isinstance(data, str) else data
-    name, evaluation, training = _splits(data, steps, seed)
+    name, evaluation, training = _splits(data, steps, seed, drop_last=parallel is not None and parallel.pipeline > 1)
     if isinstance(calibration, str):
         calibration = load_data(calibration, transform=transform, seed=seed)
     if isinstance(calibration, Data):
@@ -193,7 +193,7 @@ def check_folder(out: str | Path, *, resume: bool) -> Path:
     return folder
 
 
-def _splits(data: Any, recipe: Recipe | None, seed: int) -> tuple[str | None, Iterable[Any], Any]:
+def _splits(data: Any, recipe: Recipe | None, seed: int, *, drop_last: bool) -> tuple[str | None, Iterable[Any], Any]:
     trains = [s for s in (recipe.steps if recipe else ()) if isinstance(s, Fit | Qat) or (isinstance(s, Prune | Sparsify) and s.epochs)]
     if isinstance(data, Data):
         if trains and data.train is None:
@@ -201,7 +201,9 @@ def _splits(data: Any, recipe: Recipe | None, seed: int) -> tuple[str | None, It
                 f"step {trains[0].kind} needs training data, and {data.name} has only one split (use PATH/train and PATH/val)"
             )
         batch_size = trains[0].batch_size if trains else 64
-        training = data.loader("train", batch_size=batch_size, shuffle=True, seed=seed) if data.train is not None else None
+        training = None
+        if data.train is not None:
+            training = data.loader("train", batch_size=batch_size, shuffle=True, seed=seed, drop_last=drop_last)
         return data.name, data.loader("val", batch_size=32), training
     if isinstance(data, Tensor | dict) or not isinstance(data, Iterable):
         raise SourceError(f"data must be an iterable of batches or a specification such as 'digits', not {type(data).__name__}")

@@ -29,8 +29,18 @@ def place(parallel: Parallel, device: torch.device) -> Iterator[Placement]:
         yield Placement()
         return
     with start(parallel, device) as mesh:
-        if parallel.tensor > 1 or parallel.pipeline > 1:
-            raise UsageError("parallel: tensor and pipeline degrees are not there yet")
+        if parallel.tensor > 1 and parallel.pipeline > 1:
+            raise UsageError("parallel: tensor and pipeline are not combined with one another: choose one of them, with data around it")
+        if parallel.tensor > 1:
+            from gossamer.parallel.tensor.placement import Shares
+
+            yield Shares(mesh)
+            return
+        if parallel.pipeline > 1:
+            from gossamer.parallel.pipeline.placement import Stages
+
+            yield Stages(mesh)
+            return
         from gossamer.parallel.data import Replicas, Shards
 
         yield Shards(mesh) if parallel.shard else Replicas(mesh)

@@ -68,7 +68,7 @@ class Repair:
         if site.call in _SHAPES:
             return _run(site.leaves, old, shape)
         if site.call == "unflatten":
-            return _run(site.leaves, old, shape, first=2)
+            return _run(site.leaves, old, shape, first=2, at=site.leaves[1])
         if site.call == "layer_norm":
             return _run(site.leaves, old[-1:], shape[-1:])
         scales = site.call.strip("_") in _SCALES
@@ -149,13 +149,14 @@ class Repair:
         return needed, as_predicted and not needed
 
 
-def _run(leaves: Sequence[Any], old: Sequence[int], new: Sequence[int], first: int = 0) -> dict[int, Number]:
-    """The first run of leaves that spells ``old`` (or -1 for one of its sizes), paired with ``new``."""
+def _run(leaves: Sequence[Any], old: Sequence[int], new: Sequence[int], first: int = 0, at: Any = None) -> dict[int, Number]:
+    """The first run of leaves that spells ``old`` (or -1 for one of its sizes), paired with ``new``; ``at``: the dimension where the run is."""
     for k in range(len(old), 0, -1):
         for start in range(first, len(leaves) - k + 1):
-            for a in range(len(old) - k + 1) if first else (0,):
+            places = [at if at >= 0 else at + len(old) - k + 1] if isinstance(at, int) else range(len(old) - k + 1) if first else [0]
+            for a in places:
                 run = leaves[start : start + k]
-                if all(isinstance(v, int) and v in (-1, o) for v, o in zip(run, old[a : a + k], strict=True)):
+                if len(old[a : a + k]) == k and all(isinstance(v, int) and v in (-1, o) for v, o in zip(run, old[a : a + k], strict=True)):
                     return {start + i: new[a + i] for i, v in enumerate(run) if v != -1}
         if not first:
             break

@@ -33,6 +33,10 @@ class HeldZeros:
     def __init__(self, masks: Mapping[str, Tensor]) -> None:
         self._masks = dict(masks)
 
+    def mapped(self, change: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> HeldZeros:
+        """The same for other tensors: ``change`` is given the masks by name."""
+        return HeldZeros(change(self._masks))
+
     def __call__(self, model: nn.Module) -> None:
         parameters = dict(model.named_parameters())
         for name, kept in self._masks.items():

@@ -70,12 +70,12 @@ class Replicas(Placement):
         run.prepare(next(iter(data)))  # the memory layout, which DDP's buckets take over
         self._call = self.wrapped(LossModule(run, adapters, self.mesh.rank), run)
 
-    def copy_first(self, run: Stepper, adapters: nn.Module | None) -> None:
-        """Start from the first process's weights and buffers, whatever the others were given."""
+    def copy_first(self, run: Stepper, adapters: nn.Module | None, group: dist.ProcessGroup | None = None) -> None:
+        """Start from the first process's weights and buffers, whatever the others of a group were given; default: those that share batches."""
         for module in (run.model, run.average, adapters):
             for tensor in (*module.parameters(), *module.buffers()) if module is not None else ():
                 whole = tensor.detach().contiguous()
-                dist.broadcast(whole, group=self.group, group_src=0)
+                dist.broadcast(whole, group=group or self.group, group_src=0)
                 tensor.detach().copy_(whole)
 
     def wrapped(self, loss: LossModule, run: Stepper) -> nn.Module:
