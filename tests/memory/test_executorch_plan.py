@@ -219,7 +219,7 @@ class One(nn.Module):
 
     def __init__(self, name):
         super().__init__()
-        self.name, self.w = name, nn.Parameter(torch.rand(6))
+        self.name, self.w = name, nn.Parameter(torch.rand(6), requires_grad=False)
 
     def forward(self, x, y):
         x, y = x.flip(1) + 0, y.flip(1)
