@@ -256,3 +256,11 @@ def test_networks_that_break_other_tools_run_or_say_why_not(executorch, case, tm
         assert path.exists() == (not said)
         assert "\n" not in said
         assert said or file.difference <= 1e-4 or file.sqnr_db > 12
+
+
+def test_example_inputs_of_another_layout(executorch, tmp_path):
+    """Images decoded to channels-last, as transforms leave them; a batch of one says so by its strides alone."""
+    image = torch.rand(12, 12, 3).permute(2, 0, 1)[None]
+    path = tmp_path / "net.pte"
+    assert gs.export(network(), path, example_inputs=(image,), calibration=DATA).difference < 1e-4
+    assert evaluate(path, [(DATA[0], torch.zeros(8, dtype=torch.long))], reference=network()).agreement == 1
