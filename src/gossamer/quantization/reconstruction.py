@@ -64,7 +64,7 @@ def reconstruct(
             ours.walk(original)
             theirs.walk(layer)
             name = str(weight_name(original))
-            beside = _error_beside(original, ours, theirs)
+            beside = _error_beside(original, ours, theirs) if rounding != "nearest" else None
             if rounding != "nearest" and name in bits and calls[name] == 1:
                 x, q = ours.env[original.args[0]], theirs.env[layer.args[0]]  # type: ignore[index]
                 if _refit(floating, quantised, original, name, bits[name], x, q, rounding, beside):
