@@ -31,7 +31,9 @@ def lower(model: nn.Module, inputs: Any) -> tuple[bytes, tuple[str, ...]]:
         ExportError: ExecuTorch cannot hold the network.
     """
     load_runtime()
-    inputs = pytree.tree_map(lambda x: x.contiguous() if isinstance(x, Tensor) else x, inputs)  # a program insists on the layout it was made for
+    inputs = pytree.tree_map(
+        lambda x: x.contiguous() if isinstance(x, Tensor) else x, inputs
+    )  # a program insists on the layout it was made for
     notes: tuple[str, ...] = ()
     if is_quantized(model):
         model, notes = xnnpack_form(model)
