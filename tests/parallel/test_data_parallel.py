@@ -131,7 +131,7 @@ def with_options(_rank, parallel):
     return out
 
 
-@pytest.mark.parametrize("parallel", [DDP, FSDP], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", [pytest.param(DDP, id="ddp"), pytest.param(FSDP, id="fsdp", marks=pytest.mark.slow)])
 def test_options_masks_and_codebooks(tmp_path, parallel):
     reference = with_options(0, None)
     found = run(with_options, 2, tmp_path, parallel)

@@ -68,7 +68,7 @@ def all_trained(_rank, parallel):
 
 
 @pytest.mark.skipif(not CASES.is_file(), reason="the networks that break other tools are not beside this checkout")
-@pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("shard", [pytest.param(False, id="ddp"), pytest.param(True, id="fsdp", marks=pytest.mark.slow)])
 def test_networks_that_break_other_tools(tmp_path, shard):
     reference = all_trained(0, None)
     found = run(all_trained, 2, tmp_path, Parallel(data=2, shard=shard))

@@ -66,6 +66,7 @@ def test_an_error_in_one_process_is_told_to_all(tmp_path):
     assert other[2] < 60 and not (tmp_path / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_is_given_up(tmp_path):
     other, _ = run(one_line, 2, tmp_path / "processes", str(tmp_path), "hang", patience_s=3)
     assert other[0] == "PeerLost" and "did not answer in time" in other[1] and "\n" not in other[1]

@@ -73,10 +73,16 @@ def go_on(_rank, folder, parallel):
     return sitting(Path(folder) / "c", parallel, None)
 
 
-WAYS = [(DDP, 2, None, 1), (FSDP, 2, None, 1), (FSDP, 2, DDP, 3), (None, 1, FSDP, 2), (DDP, 2, FSDP, 2)]
+WAYS = [
+    pytest.param(DDP, 2, None, 1, id="ddp-one", marks=pytest.mark.slow),
+    pytest.param(FSDP, 2, None, 1, id="fsdp-one"),
+    pytest.param(FSDP, 2, DDP, 3, id="fsdp-ddp3"),
+    pytest.param(None, 1, FSDP, 2, id="one-fsdp"),
+    pytest.param(DDP, 2, FSDP, 2, id="ddp-fsdp", marks=pytest.mark.slow),
+]
 
 
-@pytest.mark.parametrize(("before", "n", "after", "m"), WAYS, ids=["ddp-one", "fsdp-one", "fsdp-ddp3", "one-fsdp", "ddp-fsdp"])
+@pytest.mark.parametrize(("before", "n", "after", "m"), WAYS)
 def test_a_checkpoint_resumes_anywhere(tmp_path, before, n, after, m):
     whole = trained("mlp", None, **OPTIONS, **double())
     folder = tmp_path / "run"

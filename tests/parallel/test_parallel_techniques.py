@@ -37,7 +37,7 @@ def taught(_rank, parallel, folder):
     return (result.model.state_dict(), history), (cached.model.state_dict(), [])
 
 
-@pytest.mark.parametrize("parallel", [DDP, FSDP], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", [pytest.param(DDP, id="ddp"), pytest.param(FSDP, id="fsdp", marks=pytest.mark.slow)])
 def test_distillation_with_adapters_and_a_cache(tmp_path, parallel):
     reference = taught(0, None, str(tmp_path / "alone"))
     found = run(taught, 2, tmp_path / "processes", parallel, str(tmp_path / "cache"))

@@ -237,6 +237,7 @@ def resumed(_rank, folder):
     return tied(batches(5), parallel=ONE_F_ONE_B, checkpoint=folder / "of two", resume=True)
 
 
+@pytest.mark.slow
 def test_checkpoints_of_a_pipeline_go_on_in_another(tmp_path):
     torch.manual_seed(0)
     reference = tied(micro(batches(5), 2), parallel=None, accumulate=4)
