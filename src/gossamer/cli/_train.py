@@ -58,7 +58,10 @@ def train(
     from gossamer.profiling import evaluate
     from gossamer.training import fit
 
-    resume = resume or was_restarted()
+    if options.get("parallel") is not None:
+        from gossamer.parallel import restarted
+
+        resume = resume or restarted()
     folder = check_folder(out, resume=resume)
     if (folder / "model.safetensors").exists():
         raise RunFolderError(f"{folder} is already trained: name another folder with --out")
@@ -106,8 +109,3 @@ def parallel_of(text: str | None) -> Parallel | None:
 def is_first() -> bool:
     """Whether this is the only process, or the first of those that torchrun started."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def was_restarted() -> bool:
-    """Whether torchrun started this process again after one was lost: training then continues from its last checkpoint."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

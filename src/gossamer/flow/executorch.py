@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from gossamer.flow.job import Job
-from gossamer.report.schema import Accuracy, Executorch, Latency
+from gossamer.flow.measure import latency_of
+from gossamer.report.schema import Accuracy, Executorch
 from gossamer.result import Result
 from gossamer.run_folder import PTE
 
@@ -40,18 +41,7 @@ def measure_executorch(job: Job, result: Result, folder: Path, checkpoints: Path
         before_size_bytes=before.size_bytes,
         size_bytes=after.size_bytes,
         before_median_ms=first.median_ms,
-        latency_ms=Latency(
-            median=row.median_ms,
-            p10=row.p10_ms,
-            p90=row.p90_ms,
-            runtime=f"{timed.runtime} {timed.runtime_version}",
-            threads=timed.threads,
-            batch=timed.batch,
-            runs=row.runs,
-            ratio=row.ratio,
-            ratio_p10=row.ratio_p10,
-            ratio_p90=row.ratio_p90,
-        ),
+        latency_ms=latency_of(timed, row, f"{timed.runtime} {timed.runtime_version}"),
         difference=after.difference if after.sqnr_db is None else None,
         simulation_sqnr_db=after.sqnr_db,
         accuracy=None if seen.accuracy is None else Accuracy(value=seen.accuracy.value, n=seen.n, interval=seen.accuracy.interval),

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -20,6 +20,9 @@ from gossamer.report.schema import Accuracy, Frozen, Input, Latency, LayerRow, M
 from gossamer.result import Profile, Result
 from gossamer.run_folder import WEIGHTS, environment, save_weights, state_of
 from gossamer.sources.batches import split
+
+if TYPE_CHECKING:
+    from gossamer.profiling.latency import Benchmark, Timing
 
 _COMPARED = 512  # samples that the simulation is compared with the file on
 _APART = 0.01  # top-1, as a fraction of 1, that they may differ by
@@ -88,18 +91,7 @@ def measure(
             macs=profile.macs,
             size_bytes=file.stat().st_size,
             peak_activation_bytes=peak_activation_bytes(file, job.example_inputs),
-            latency_ms=Latency(
-                median=row.median_ms,
-                p10=row.p10_ms,
-                p90=row.p90_ms,
-                runtime=timed.runtime,
-                threads=timed.threads,
-                batch=timed.batch,
-                runs=row.runs,
-                ratio=row.ratio,
-                ratio_p10=row.ratio_p10,
-                ratio_p90=row.ratio_p90,
-            ),
+            latency_ms=latency_of(timed, row, timed.runtime),
             accuracy=accuracy,
         )
 
@@ -150,6 +142,22 @@ def _sample(evaluation: Iterable[Any]) -> list[Any]:
         if samples >= _COMPARED:
             break
     return kept
+
+
+def latency_of(timed: Benchmark, row: Timing, runtime: str) -> Latency:
+    """A timed row as a report has it."""
+    return Latency(
+        median=row.median_ms,
+        p10=row.p10_ms,
+        p90=row.p90_ms,
+        runtime=runtime,
+        threads=timed.threads,
+        batch=timed.batch,
+        runs=row.runs,
+        ratio=row.ratio,
+        ratio_p10=row.ratio_p10,
+        ratio_p90=row.ratio_p90,
+    )
 
 
 def _check_faithful(result: Result, path: Path, sample: list[Any], simulation: Any, executed: Any, job: Job) -> None:

@@ -160,18 +160,16 @@ def _applied(
     edits += claimed
     network = apply_structure(network, claimed, copied=True)
     repair = Repair(traced, predict)
-    needed, as_predicted = repair.needed(network)
+    needed, reached, as_predicted = repair.needed(network)
     if as_predicted:
         return network, [*kept, *edits], None
     for guess in attribute_guesses(network, needed) if needed else ():
         before = [SetAttribute(module=e.module, name=e.name, value=getattr(network.get_submodule(e.module), e.name)) for e in guess]
         apply_structure(network, guess, copied=True)
-        reached = repair.reached
-        now, _ = repair.needed(network)
-        if size(now) < size(needed) and repair.reached >= reached:  # and not because another branch was taken
-            edits, needed = [*edits, *guess], now
+        now, far, _ = repair.needed(network)
+        if size(now) < size(needed) and far >= reached:  # and not because another branch was taken
+            edits, needed, reached = [*edits, *guess], now, far
         else:
-            repair.reached = reached
             apply_structure(network, before, copied=True)
     calls = call_edits(needed)
     network = apply_structure(network, calls, copied=True)

@@ -41,7 +41,6 @@ class Repair:
 
     traced: Trace
     predict: Prediction
-    reached: int = -1
 
     @cached_property
     def steps_of(self) -> dict[int, list[Step]]:
@@ -108,11 +107,8 @@ class Repair:
                         at = i + 1
                         break
 
-    def needed(self, model: nn.Module) -> tuple[Needed, bool]:
-        """Run a cut network with every number put right: which had to be, and whether it ran as predicted, with none put right.
-
-        ``reached`` then tells how many calls it made before it went another way.
-        """
+    def needed(self, model: nn.Module) -> tuple[Needed, int, bool]:
+        """Run a cut network with every number put right: which had to be, the last call that it made, and whether it ran as predicted with none put right."""
         needed: Needed = {}
         number = -1
         check = Check(self.traced, self.predict, stops=False)
@@ -145,8 +141,7 @@ class Repair:
             with Sites(before, check.off_site), check:
                 call(model, self.traced.example_inputs)  # a failure is found again when the network is held against its trace
             as_predicted = check.complete()
-        self.reached = number
-        return needed, as_predicted and not needed
+        return needed, number, as_predicted and not needed
 
 
 def _run(leaves: Sequence[Any], old: Sequence[int], new: Sequence[int], first: int = 0, at: Any = None) -> dict[int, Number]:
