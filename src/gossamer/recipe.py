@@ -342,7 +342,7 @@ def quantity(text: str, units: dict[str, float] | dict[str, int], what: str) -> 
         >>> quantity("1.5MB", SIZE_UNITS, "size")
         1500000.0
     """
-    m = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]+)\s*", text)
+    m = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([A-Za-z]+)\s*", text)
     if not m or m[2] not in units:
         raise ValueError(f"{what}={text!r}: write a number with a unit ({', '.join(units)})")
     return float(m[1]) * units[m[2]]

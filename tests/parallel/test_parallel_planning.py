@@ -149,7 +149,7 @@ def test_the_command_prints_a_table_and_json(capsys):
         main([*options, "--json"])
     plan = json.loads(capsys.readouterr().out)
     assert plan["world"] == 4 and plan["splits"][0]["fits"] and plan["machine"]["flops"] == 1e10
-    for bad in (["--bandwidth", "25"], ["--device-memory", "much"], ["--flops", "10"]):
+    for bad in (["--bandwidth", "25"], ["--device-memory", "much"], ["--device-memory", "1.2.3GB"], ["--flops", "10"]):
         with pytest.raises(SystemExit) as e:
             main(["train", "gossamer:resnet8", "--plan", *bad])
         assert e.value.code == 2 and bad[0] in capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +49,12 @@ def _bytes(text: str, option: str, example: str) -> float:
 
 
 def _number(text: str, units: Any, option: str, example: str) -> float:
-    m = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
-    if m is None or m[2] not in units or float(m[1]) <= 0:
-        raise UsageError(f"{option} {text!r}: write a number above 0 with a unit ({', '.join(units)}), for example {example}")
-    return float(m[1]) * float(units[m[2]])
+    from gossamer.recipe import quantity
+
+    try:
+        found = quantity(text, units, option)
+    except ValueError as e:
+        raise UsageError(f"{e}, for example {example}") from None
+    if not found > 0:
+        raise UsageError(f"{option} {text!r} must be above 0, for example {example}")
+    return found

@@ -14,6 +14,7 @@ from torch import nn
 
 from gossamer.errors import RunFolderError, SourceError, UsageError
 from gossamer.flow.job import Progress, check_folder
+from gossamer.flow.together import rank
 from gossamer.run_folder import save_weights
 from gossamer.sources import Data
 
@@ -108,4 +109,4 @@ def parallel_of(text: str | None) -> Parallel | None:
 
 def is_first() -> bool:
     """Whether this is the only process, or the first of those that torchrun started."""
-    return os.environ.get("RANK", "0") == "0"
+    return rank() == 0

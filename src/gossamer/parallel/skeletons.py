@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
+
+from gossamer.training.averaging import make_average
+from gossamer.training.checkpoint import Parts
 
 
 def skeleton_of(model: nn.Module, device: str | torch.device = "meta") -> nn.Module:
@@ -33,3 +37,17 @@ def skeleton_of(model: nn.Module, device: str | torch.device = "meta") -> nn.Mod
         elif torch.device(device).type != "meta":  # no state dict will fill it
             memo[id(b)] = b.detach().to(device, copy=True)
     return copy.deepcopy(model, memo)
+
+
+def whole_parts(skeleton: nn.Module, parts: Parts, ema: float | None) -> Parts:
+    """What a checkpoint of the whole network fills, before a process takes its own of it.
+
+    Args:
+        skeleton: of the whole network.
+        parts: of this process.
+        ema: decay of the average, where ``parts`` has one.
+    """
+    model = skeleton_of(skeleton, "cpu")
+    optimizer: Any = SimpleNamespace(param_groups=[{"params": list(model.parameters())}], state={p: {} for p in model.parameters()})
+    modules: dict[str, nn.Module] = {"ema": make_average(model, float(ema or 0.0))} if "ema" in parts.modules else {}
+    return Parts(model, optimizer, modules, parts.scaler, dict(parts.best))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +23,7 @@ from gossamer.parallel.pipeline.cutting import Cut, cut_chain
 from gossamer.parallel.pipeline.microbatches import check_batches, choose_size, pieces, uneven
 from gossamer.parallel.pipeline.stages import Stage, stage_of
 from gossamer.parallel.planning.costs import Machine, measured_seconds
-from gossamer.parallel.skeletons import skeleton_of
+from gossamer.parallel.skeletons import skeleton_of, whole_parts
 from gossamer.sources.batches import Batch
 from gossamer.training.averaging import make_average
 from gossamer.training.checkpoint import Parts, Progress
@@ -243,19 +242,16 @@ class Stages(Replicas):
         return name
 
     def restore(self, folder: Path, parts: Parts, settings: dict[str, Any]) -> tuple[Progress, dict[str, Tensor]]:
-        model = skeleton_of(self._template, "cpu")
-        optimizer: Any = SimpleNamespace(param_groups=[{"params": list(model.parameters())}], state={p: {} for p in model.parameters()})
-        modules: dict[str, nn.Module] = {"ema": make_average(model, float(self._settings["ema"]))} if "ema" in parts.modules else {}
-        whole = Parts(model, optimizer, modules, parts.scaler, dict(parts.best))
+        whole = whole_parts(self._template, parts, self._settings["ema"])
         found = super().restore(folder, whole, settings)
-        self._take(parts.model, model.state_dict())
-        average, made = parts.modules.get("ema"), modules.get("ema")
+        self._take(parts.model, whole.model.state_dict())
+        average, made = parts.modules.get("ema"), whole.modules.get("ema")
         if isinstance(average, AveragedModel) and isinstance(made, AveragedModel):
             self._take(average.module, made.module.state_dict())
             average.n_averaged.copy_(made.n_averaged)
-        of = dict(model.named_parameters(remove_duplicate=False))
+        of = dict(whole.model.named_parameters(remove_duplicate=False))
         for name, parameter in parts.model.named_parameters():
-            for key, value in optimizer.state.get(of[name], {}).items():
+            for key, value in whole.optimizer.state.get(of[name], {}).items():
                 parts.optimizer.state[parameter][key] = value.to(parameter.device) if isinstance(value, Tensor) and value.dim() else value
         parts.best.update(whole.best)
         return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +15,7 @@ from torch.utils import _pytree as pytree
 from gossamer.errors import UsageError
 from gossamer.parallel.data.replicas import Replicas
 from gossamer.parallel.mesh import Mesh
-from gossamer.parallel.skeletons import skeleton_of
+from gossamer.parallel.skeletons import skeleton_of, whole_parts
 from gossamer.parallel.tensor.split import SplitNetwork, split_network
 from gossamer.result import ExampleInputs
 from gossamer.sources.batches import Batch
@@ -124,7 +123,7 @@ class Shares(Replicas):
         return tensors, scalars
 
     def restore(self, folder: Path, parts: Parts, settings: dict[str, Any]) -> tuple[Progress, dict[str, Tensor]]:
-        whole = self._parts(parts)
+        whole = whole_parts(self._skeleton, parts, self._settings["ema"])
         found = super().restore(folder, whole, settings)
         self.split.load_state_dict(whole.model.state_dict())
         average, made = parts.modules.get("ema"), whole.modules.get("ema")
@@ -139,15 +138,6 @@ class Shares(Replicas):
                 parts.optimizer.state[own[name]][key] = mine
         parts.best.update(whole.best)
         return found
-
-    def _parts(self, parts: Parts) -> Parts:
-        """The same parts of the whole network, to be filled."""
-        model = skeleton_of(self._skeleton, "cpu")
-        optimizer: Any = SimpleNamespace(param_groups=[{"params": list(model.parameters())}], state={p: {} for p in model.parameters()})
-        modules: dict[str, nn.Module] = {}
-        if "ema" in parts.modules:
-            modules["ema"] = make_average(model, float(self._settings["ema"]))
-        return Parts(model, optimizer, modules, parts.scaler, dict(parts.best))
 
 
 def example_of(batch: Batch, rows: int = 2) -> ExampleInputs:
