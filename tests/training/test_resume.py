@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from gossamer.errors import RunFolderError
 from gossamer.models import resnet8
 from gossamer.training import fit
-from gossamer.training.checkpoint import FILE, PREVIOUS
+from gossamer.training.checkpoint import FILE, PREVIOUS, checksum
 
 EPOCHS, STEPS = 3, 5
 
@@ -180,3 +181,16 @@ def test_a_broken_or_unwritable_checkpoint_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError, match="cannot write"):
         fit(nn.Linear(2, 2), [(torch.zeros(1, 2), torch.tensor([0]))], checkpoint=tmp_path / "file" / "c")
+
+
+def test_a_checkpoint_of_an_earlier_version_is_one_line(tmp_path):
+    """Optimiser state was numbered before it was named."""
+    train(tmp_path / "c")
+    with safe_open(tmp_path / "c" / FILE, "pt") as f:
+        header = f.metadata()["gossamer"]
+        tensors = {n: f.get_tensor(n) for n in f.keys()}  # noqa: SIM118
+    old = {n.replace("optimizer.model.one.weight/", "optimizer.3."): t for n, t in tensors.items()}
+    save_file(old, tmp_path / "c" / FILE, metadata={"gossamer": header, "checksum": checksum(header, old)})
+    with pytest.raises(RunFolderError, match="of another version or network") as e:
+        train(tmp_path / "c", resume=True)
+    assert "\n" not in str(e.value)

@@ -140,5 +140,6 @@ def _joins_apart(graph: fx.Graph, made: dict[fx.Node, Rounding], found: Counter[
 
 
 def decomposed(name: str, overload: str = "default") -> Callable[..., Any]:
+    """An operator of ``quantized_decomposed``, the form that XNNPACK's partitioner reads."""
     found: Callable[..., Any] = getattr(getattr(torch.ops.quantized_decomposed, name), overload)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -28,7 +29,8 @@ def place(parallel: Parallel, device: torch.device) -> Iterator[Placement]:
     if parallel.world == 1:
         yield Placement()
         return
-    with start(parallel, device) as mesh:
+    with warnings.catch_warnings(), start(parallel, device) as mesh:
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")  # of dimensions of size 1
         if parallel.tensor > 1 and parallel.pipeline > 1:
             raise UsageError("parallel: tensor and pipeline are not combined with one another: choose one of them, with data around it")
         if parallel.tensor > 1:

@@ -272,7 +272,8 @@ def shapes_of(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
 
         return sharded.shapes_of(path)
     with safe_open(path, "pt") as f:
-        return {n: (tuple(f.get_tensor(n).shape), f.get_tensor(n).dtype) for n in f.keys()}  # noqa: SIM118
+        tensors = ((n, f.get_tensor(n)) for n in f.keys())  # noqa: SIM118
+        return {n: (tuple(t.shape), t.dtype) for n, t in tensors}
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -296,6 +297,10 @@ def fill_optimizer(parts: Parts, tensors: dict[str, Tensor], header: dict[str, A
     fused = {id(p) for g in optimizer.param_groups if g.get("fused") or g.get("capturable") for p in g["params"]}
     for name, value in (*tensors.items(), *header["optimizer"].items()):
         owner, _, key = name.rpartition("/")
+        if owner not in parameters:
+            raise RunFolderError(
+                f"the checkpoint holds an optimiser's state of {name!r}, of another version or network: remove it to start again"
+            )
         parameter = parameters[owner]
         if isinstance(value, Tensor) and (key != "step" or id(parameter) in fused):
             value = value.to(parameter.device)

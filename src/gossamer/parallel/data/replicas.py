@@ -80,7 +80,6 @@ class Replicas(Placement):
 
     def wrapped(self, loss: LossModule, run: Stepper) -> nn.Module:
         """What computes the loss and sums the gradients over the processes."""
-        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")  # of dimensions of size 1
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # the new name of broadcast_buffers is not in all versions
             return DistributedDataParallel(
