@@ -38,6 +38,31 @@ def test_what_is_watched_is_what_numpy_computes():
     check((halves[0] + halves[1]).covariances(), slice(None))
 
 
+def test_inputs_far_from_zero_keep_their_covariance():
+    """Means of 1,000 deviations: the squares of such values in float32 hold nothing of their variance."""
+    shape, w = Geometry(1, 4, 40, (), (), (), ()), drawn(1, 4, 40)
+    x, q = (1000 + drawn(24, 40, seed=s) for s in (1, 2))
+    whole = sum(watch(shape, w, x, q)[1:], watch(shape, w, x, q)[0])
+    assert np.allclose(whole.covariances()[0][0].numpy(), np.cov(q.double().numpy().T, bias=True), atol=1e-3)
+    found, _ = target(w, watch(shape, w, x, q))
+    assert bool(found.isfinite().all())
+
+
+@pytest.mark.parametrize("rounding", ["gptq", "adaround"])
+def test_a_few_samples_far_from_zero_are_rounded(rounding):
+    torch.manual_seed(0)
+    gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(48, 48, 1), nn.ReLU(), nn.Conv2d(48, 12, 1), nn.Flatten())
+    net = nn.Sequential(nn.Conv2d(3, 48, 3, padding=1), nn.ReLU(), gate)
+    with torch.no_grad():
+        net[0].weight.mul_(1e-3)
+        net[0].bias.fill_(50.0)
+    images = [drawn(6, 3, 8, 8, seed=1)]
+    result = gs.quantize(net.eval(), (images[0][:1],), calibration=images, weight_bits=4, rounding=rounding)
+    with torch.no_grad():
+        wanted, got = net(images[0]), result.model(images[0])
+    assert float((got - wanted).abs().max()) < 0.02 * float(wanted.abs().max())
+
+
 def test_targets_are_ridge_regression_s():
     shape, w = Geometry(1, 4, 6, (), (), (), ()), drawn(1, 4, 6)
     x = drawn(300, 6, seed=1) @ drawn(6, 6, seed=2)

@@ -31,13 +31,16 @@ class _Enough(Exception):
 
 @dataclass
 class _Moments:
-    """Streaming first and second moments of a consumer's input: x in the original network, y in the pruned one."""
+    """Streaming first and second moments of a consumer's input: x in the original network, y in the pruned one; about the means of the first batch,
+    since in float32 products of values far from zero leave nothing of a small variance."""
 
     n: int
     x: Tensor
     y: Tensor
     xy: Tensor
     yy: Tensor
+    at_x: Tensor | float = 0.0
+    at_y: Tensor | float = 0.0
 
     @classmethod
     def empty(cls, size_x: int, size_y: int) -> _Moments:
@@ -50,6 +53,9 @@ class _Moments:
         if len(x_NI) > ROWS:  # positions of a picture say much the same
             drawn = torch.randint(len(x_NI), (ROWS,), generator=torch.Generator().manual_seed(0)).to(x_NI.device)
             x_NI, y_NK = x_NI[drawn], y_NK[drawn]
+        if not self.n:
+            self.at_x, self.at_y = x_NI.mean(0), y_NK.mean(0)
+        x_NI, y_NK = x_NI - self.at_x, y_NK - self.at_y
         self.n += len(x_NI)
         self.x += x_NI.sum(0).double()
         self.y += y_NK.sum(0).double()
@@ -76,7 +82,7 @@ def predict(moments: _Moments, keep: Tensor, ridge: float) -> tuple[Tensor, Tens
     select = torch.eye(len(keep), dtype=torch.float64)[:, keep]
     penalty = max(ridge * float(c_yy.diagonal().mean()), 1e-12) * torch.eye(len(mean_y), dtype=torch.float64)
     a = select + torch.linalg.solve(c_yy + penalty, (c_xy - select @ c_yy).T).T
-    return a, mean_x - a @ mean_y
+    return a, mean_x + moments.at_x - a @ (mean_y + moments.at_y)
 
 
 def compensate(

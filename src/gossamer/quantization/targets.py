@@ -13,12 +13,15 @@ from torch import Tensor
 from gossamer.quantization.moments import Geometry, chosen_samples
 from gossamer.quantization.rounding import damped
 
+_ROUNDING = 1e-6  # of a float32 value, what its computation may have rounded
 _RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
 
 @dataclass(frozen=True)
 class Seen:
-    """Sums over positions of some samples, in float64: of the arriving inputs ``q``, of the output's errors ``e``, and of their products."""
+    """Moments over positions of some samples, in float64: means of the arriving inputs ``q`` and of the output's errors ``e``, and sums of products about
+    the means, which are taken part by part: products of float32 values far from zero leave nothing of a small variance.
+    """
 
     count: int
     q_GK: Tensor
@@ -26,14 +29,33 @@ class Seen:
     qq_GKK: Tensor
     eq_GRK: Tensor
 
+    @classmethod
+    def of(cls, q_GKN: Tensor, e_GRN: Tensor) -> Seen:
+        """Of the positions of one part."""
+        n, q_GK, e_GR = q_GKN.shape[2], q_GKN.mean(2), e_GRN.mean(2)
+        q_GKN, e_GRN = q_GKN - q_GK[:, :, None], e_GRN - e_GR[:, :, None]
+        products = q_GKN @ q_GKN.transpose(1, 2), e_GRN @ q_GKN.transpose(1, 2)
+        return cls(n, q_GK.double(), e_GR.double(), products[0].double(), products[1].double())
+
     def __add__(self, other: Seen) -> Seen:
-        return Seen(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+        """Both parts. Source: Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance", 1983, equation 2.1."""
+        n = self.count + other.count
+        share, q_GK, e_GR = other.count / n, other.q_GK - self.q_GK, other.e_GR - self.e_GR
+        between_GKK, between_GRK = q_GK[:, :, None] * q_GK[:, None], e_GR[:, :, None] * q_GK[:, None]
+        return Seen(
+            n,
+            self.q_GK + share * q_GK,
+            self.e_GR + share * e_GR,
+            self.qq_GKK + other.qq_GKK + self.count * share * between_GKK,
+            self.eq_GRK + other.eq_GRK + self.count * share * between_GRK,
+        )
 
     def covariances(self) -> tuple[Tensor, Tensor]:
-        """Of the inputs, (G, K, K), and of the errors with them, (G, R, K), float32."""
-        q_GK, e_GR = self.q_GK / self.count, self.e_GR / self.count
-        h_GKK = self.qq_GKK / self.count - q_GK[:, :, None] * q_GK[:, None]
-        return h_GKK.float(), (self.eq_GRK / self.count - e_GR[:, :, None] * q_GK[:, None]).float()
+        """Of the inputs, (G, K, K), and of the errors with them, (G, R, K), float32; 0 for inputs that vary by no more than float32 rounds them."""
+        h_GKK, error_GRK = self.qq_GKK / self.count, self.eq_GRK / self.count
+        varies_GK = h_GKK.diagonal(dim1=1, dim2=2) > (_ROUNDING * self.q_GK).square()
+        h_GKK = h_GKK * (varies_GK[:, :, None] & varies_GK[:, None])
+        return h_GKK.float(), (error_GRK * varies_GK[:, None]).float()
 
 
 def watch(shape: Geometry, w_GRK: Tensor, x: Tensor, q: Tensor, extra: Tensor | None = None) -> list[Seen]:
@@ -56,8 +78,7 @@ def _over(shape: Geometry, w_GRK: Tensor, x: Tensor, q: Tensor, extra: Tensor | 
         e_GRN = w_GRK @ (shape.columns(x[part]) - q_GKN)
         if extra is not None:
             e_GRN = e_GRN + shape.outputs_of(extra[part])
-        products = (q_GKN @ q_GKN.transpose(1, 2)).double(), (e_GRN @ q_GKN.transpose(1, 2)).double()
-        parts.append(Seen(q_GKN.shape[2], q_GKN.sum(2, dtype=torch.float64), e_GRN.sum(2, dtype=torch.float64), *products))
+        parts.append(Seen.of(q_GKN, e_GRN))
     return sum(parts[1:], parts[0])
 
 
