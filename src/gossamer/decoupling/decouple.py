@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from gossamer.calibration import Batches, following_norms, reestimate_batch_norm
-from gossamer.decoupling.choice import MOST_INPUTS, each_fitted, slower, some, within_budget
+from gossamer.calibration import MOST_INPUTS, Batches, Halves, following_norms, reestimate_batch_norm, samples_of
+from gossamer.decoupling.choice import fit_all, slower, some, within_budget
 from gossamer.decoupling.fitting import Fitted
 from gossamer.decoupling.forms import FORMS, Sizes, convolutions, cost, exchange, inner, most_terms, sizes_of, unfit
 from gossamer.errors import NothingToDo, UsageError, near
@@ -110,11 +110,24 @@ def decouple(
     if batches is None:
         notes.append("no calibration data: weights stand for the original's alone")
     if macs is not None:
-        fitted = within_budget(work, named, form, options, macs, before, batches, samples=samples, seed=seed, progress=progress)
+        fitted = within_budget(
+            work,
+            named,
+            form,
+            options,
+            macs,
+            before,
+            batches,
+            per_sample=before.macs / samples_of(inputs),
+            samples=samples,
+            seed=seed,
+            progress=progress,
+        )
     else:
         fitted = {}
-        for place, sizes, found in each_fitted(work, named, form, options, batches, seed=seed):
-            fitted[place.name] = sizes, found
+        halves = Halves(work, {n: named[n].layer for n in options}, batches)
+        for name, sizes, (found, _) in fit_all(halves, named, form, options, seed=seed):
+            fitted[name] = sizes, found
             if progress is not None:
                 progress(len(fitted), len(options))
     if runtime is not None:

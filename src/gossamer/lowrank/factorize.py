@@ -9,14 +9,14 @@ from typing import Any, Literal
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gossamer.calibration import Batches, Divergence, following_norms, reestimate_batch_norm
+from gossamer.calibration import MOST_INPUTS, Batches, Divergence, Halves, following_norms, reestimate_batch_norm
 from gossamer.errors import NothingToDo, UsageError, near
 from gossamer.exchange import check_finite
 from gossamer.lowrank.allocation import Budget, allocate
 from gossamer.lowrank.choice import RankSpec, chosen_ranks
 from gossamer.lowrank.fitting import Fitted
 from gossamer.lowrank.layers import Site, find_sites
-from gossamer.lowrank.options import MOST_INPUTS, Option, fit_all, timed
+from gossamer.lowrank.options import Option, fit_all, timed
 from gossamer.lowrank.structure import METHODS
 from gossamer.plan import Factorize, Plan, apply_structure, input_specs, replace_module
 from gossamer.profiling import profile
@@ -130,7 +130,11 @@ def factorize(
             work, named, methods, auto, rank, energy, batches, round_to=round_to, threads=threads if fast else None
         )
         fitted: dict[str, Fitted] = {}
-        fit_all(work, {n: [o] for n, o in picks.items()}, named, batches, seed, _keeper(fitted, len(picks), progress))
+        halves = Halves(work, {n: named[n].layer for n in picks}, batches)
+        for name, _, (found, _) in fit_all(halves, {n: [o] for n, o in picks.items()}, named, seed):
+            fitted[name] = found
+            if progress is not None:
+                progress(len(fitted), len(picks))
     else:
         far = Divergence(work, batches, samples=samples) if batches is not None else None
         picks, fitted, remarks = allocate(
@@ -190,15 +194,6 @@ def _target(**given: Any) -> Budget | None:
     if isinstance(value, str) and kind != "latency":
         raise UsageError(f"{kind}={value!r}: give a fraction between 0 and 1 (exclusive)")
     return Budget(kind, value)
-
-
-def _keeper(fitted: dict[str, Fitted], total: int, progress: Callable[[int, int], None] | None) -> Callable[[Site, Option, Fitted], None]:
-    def keep(site: Site, _: Option, found: Fitted) -> None:
-        fitted[site.name] = found
-        if progress is not None:
-            progress(len(fitted), total)
-
-    return keep
 
 
 def _exchange(
