@@ -54,8 +54,8 @@ def predicted(
     *,
     draws: int = DRAWS,
     seed: int = 0,
-) -> dict[str, list[float]] | None:
-    """For each change alone, what ``far`` would be for the network with it, to second order; None where gradients cannot tell.
+) -> dict[str, list[float]]:
+    """For each change alone, what ``far`` would be for the network with it, to second order; without layers that no gradient reaches.
 
     Example:
         >>> layer = nn.Linear(4, 3)
@@ -86,9 +86,9 @@ def predicted(
                     found = _squares(model, layers, every[i % forms], part, [[v[rows] for v in pull] for pull in pulls])
                     for name, squares in found.items():
                         sums[name] += squares
-    except (RuntimeError, NotImplementedError):  # operations without a gradient, outputs of another shape for a part of a batch
-        return None
-    return {n: (s / (2 * draws * far.count)).nan_to_num(inf, inf).tolist() for n, s in sums.items()}
+    except Exception:  # an operation without a gradient, or a part of a batch that the network does not take: whatever it raises
+        return {}
+    return {n: (s / (2 * draws * far.count)).nan_to_num(inf, inf).tolist() for n, s in sums.items() if bool((s != 0).any())}
 
 
 class _Changes:
@@ -162,7 +162,10 @@ def _squares(
 
             def came(grad: Tensor) -> None:
                 with torch.no_grad():
-                    moved[name] = moved.get(name, 0.0) + changes[name].dots(x, grad, samples)
+                    found, before = changes[name].dots(x, grad, samples), moved.get(name)
+                    if before is not None and len(before) != len(found):  # called in two ways, once with rows that are nobody's
+                        found, before = found.sum(0, keepdim=True), before.sum(0, keepdim=True)
+                    moved[name] = found if before is None else before + found
 
             out.register_hook(came)
             return out

@@ -49,7 +49,7 @@ def alone(
     seed: int = 0,
     step: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[K, float]]:
-    """What the outputs lose with each stand-in alone: measured where that is cheap or no gradient comes through the network, else predicted.
+    """What the outputs lose with each stand-in alone: measured where that is cheap or no gradient reaches it, else predicted.
 
     Args:
         model: the network, which stays as it is.
@@ -129,15 +129,14 @@ def _judged(
 ) -> dict[str, list[float]]:
     if far is None:
         return {n: [pair[0].error ** 2 for pair in found] for n, found in fits.items()}
+    told: dict[str, list[float]] = {}
     if sum(map(len, fits.values())) * far.count * macs > MEASURED_MACS:
         changes = {
             n: [tuple(Change(-f.missing, f.shift) for f in {id(f): f for f in pair}.values()) for pair in found]
             for n, found in fits.items()
         }
         told = predicted(model, {n: layers[n] for n in fits}, changes, far, seed=seed)
-        if told is not None:
-            return told
-    return {n: [_together(model, layers, {n: pair}, far) for pair in found] for n, found in fits.items()}
+    return {n: told.get(n) or [_together(model, layers, {n: pair}, far) for pair in found] for n, found in fits.items()}
 
 
 def _together(model: nn.Module, layers: Mapping[str, Layer], fits: Mapping[str, tuple[S, S]], far: Divergence) -> float:

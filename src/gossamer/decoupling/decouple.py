@@ -59,14 +59,15 @@ def decouple(
         terms: kernels for each input channel, at most the kernel's positions, which would be exact.
         groups: of a grouped one, 2 or more, within each group that a layer has.
         width: of a bottleneck, fraction of the channels inside, in (0, 1).
-        macs: fraction of the network's to keep, in (0, 1): terms, groups or widths are then allocated, each layer's loss measured alone as the
+        macs: fraction of the network's to keep, in (0, 1): terms, groups or widths are then allocated, each layer's loss judged alone as the
             divergence of the network's outputs. In place of the three.
         calibration: batches; weights then minimise the error of the layers' outputs, and biases (or the batch norm that follows) make up for the
-            means. Without them weights stand for the original's alone.
+            means. Without them weights stand for the original's alone. Two batches or more: where a layer sees little of its inputs, its losses on
+            every other batch are those of a fit to the rest.
         ignore: patterns of module paths that stay as they are.
         reestimate_bn: measure batch-norm statistics again on calibration data.
         runtime: layers are timed there, so that notes can tell which got slower; None times nothing.
-        samples: of the calibration data, on which losses are measured.
+        samples: of the calibration data, on which losses are judged.
         threads: of ONNX Runtime.
         seed: of the search for groups.
         progress: called with steps done and all.

@@ -11,7 +11,7 @@ from gossamer.calibration import Batches, Divergence, Halves, best_together, exc
 from gossamer.errors import BudgetError, NothingToDo, UsageError
 from gossamer.lowrank.fitting import Fitted
 from gossamer.lowrank.layers import Site
-from gossamer.lowrank.options import Option, fit_all, ladder, losses, timed
+from gossamer.lowrank.options import Option, fit_all, ladder, losses, smoothed, timed
 from gossamer.plan import apply_structure
 from gossamer.profiling import benchmark
 from gossamer.profiling.targets import latency_fraction, measured_fraction
@@ -121,7 +121,7 @@ def _options(
     for name, site in sites.items():
         options = [o for o in ladder(site, methods, unit=unit) if budget.kind != "params" or o.params < site.params]
         if options and threads is not None and (only_faster or budget.kind == "latency"):
-            options = timed(site, options, threads=threads)
+            options = smoothed(timed(site, options, threads=threads))
             if not any(o.pays for o in options):
                 slow.append(name)
             options = [o for o in options if o.pays]

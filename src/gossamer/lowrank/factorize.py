@@ -69,20 +69,21 @@ def factorize(
         rank: of each group: an integer, a fraction of the full rank, two of either for Tucker-2, ``"evbmf"`` (what stands out of noise, by
             variational Bayes; for experts: trained weights have no noise), or a dict from patterns of module paths to ranks.
         energy: fraction of the squared singular values to keep, in (0, 1]; of the outputs, where there are calibration data.
-        macs, params: fraction of the network's to keep, in (0, 1). Each layer's loss is measured alone at several ranks, as the divergence of
+        macs, params: fraction of the network's to keep, in (0, 1). Each layer's loss is judged alone at several ranks, as the divergence of
             the network's outputs; ranks are allocated over all layers together.
         latency: fraction of the network's latency in ONNX Runtime to keep, in (0, 1), or milliseconds (``"5ms"``). Exactly one of the five
             is given.
         calibration: batches; factors then minimise the error of the layers' outputs, and biases (or the batch norm that follows) make up for the
-            means. Without them factors are those of the weights alone.
+            means. Without them factors are those of the weights alone. Two batches or more: where a layer sees little of its inputs, its losses
+            on every other batch are those of factors fitted to the rest.
         ignore: patterns of module paths that stay as they are.
         round_to: ranks that are not given are multiples of this; None for 8, less in narrow layers, and not where that measured slower.
         reestimate_bn: measure batch-norm statistics again on calibration data.
         runtime: layers are timed there; None times nothing: the plan then depends on seed and data alone.
-        samples: of the calibration data, on which losses are measured.
+        samples: of the calibration data, on which losses are judged.
         threads: of ONNX Runtime.
         seed: of CP's start.
-        progress: called with steps done and all.
+        progress: called with steps done and all; under a budget each option is fitted, then judged.
 
     Returns:
         A `Result` whose plan holds a `Factorize` for each layer. Notes tell what was left alone, and which layers got slower.

@@ -115,6 +115,21 @@ def timed(site: Site, options: Sequence[Option], *, threads: int) -> list[Option
     return [replace(o, ms=float(t), before_ms=float(total[0])) for o, t in zip(options, total[1:], strict=True)]
 
 
+def smoothed(options: Sequence[Option]) -> list[Option]:
+    """Options with no method slower at lower ranks than at higher ones: where it measured so, that is noise, or the higher ones serve as well.
+
+    Args:
+        options: timed; those of a method by falling ranks.
+    """
+    least: dict[str, float] = {}
+    out = []
+    for one in options:
+        if one.ms is not None:
+            least[one.method] = min(one.ms, least.get(one.method, one.ms))
+        out.append(replace(one, ms=least.get(one.method)))
+    return out
+
+
 def fit_all(
     halves: Halves, wanted: Mapping[str, Sequence[Option]], sites: Mapping[str, Site], seed: int, *, apart: bool = False
 ) -> Fits[Option, Fitted]:
