@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import gossamer as gs
 from gossamer.calibration import Divergence
 from gossamer.errors import BudgetError, NothingToDo, SelectorError, UsageError
 from gossamer.lowrank import find_sites
+from gossamer.lowrank.options import ladder, smoothed
 from gossamer.plan import Factorize, Plan
 from gossamer.sources.batches import Batch
 
@@ -154,6 +156,40 @@ def test_an_allocated_budget_spares_the_layer_that_has_no_low_rank():
     assert far(allocated.model) < 0.05 * far(uniform.model)
 
 
+@pytest.mark.parametrize("measured", [2e11, 0.0])
+def test_a_layer_that_seems_free_on_the_data_that_it_is_fitted_to_is_spared(measured, monkeypatch):
+    """Fewer samples than inputs: fitted to all of them a layer of equal singular values seems to lose nothing at a low rank."""
+    monkeypatch.setattr("gossamer.calibration.judging.MEASURED_MACS", measured)
+    torch.manual_seed(0)
+    source = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 10)).eval()
+    with torch.no_grad():
+        nn.init.orthogonal_(source[0].weight)
+        source[2].weight.copy_(torch.randn(64, 8) @ torch.randn(8, 256) / 40 + torch.randn(64, 256) / 100)
+    data = [torch.randn(20, 256) for _ in range(2)]
+    far = Divergence(source, [Batch((torch.randn(400, 256),), {}, None)])
+    for share in (0.95, 0.87):
+        result = gs.factorize(source, (data[0],), method="svd", macs=share, calibration=data, runtime=None)
+        assert [e.module for e in result.plan] == ["2"]
+        forced = gs.factorize(source, (data[0],), method="svd", macs=share, calibration=data, runtime=None, ignore=["2"])
+        assert far(result.model) < 0.2 * far(forced.model)
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_predicted_losses_allocate_as_measured_ones_do(decoupled, monkeypatch):
+    source = net()
+    far = Divergence(source, [Batch((batches(8)[7][0],), {}, None)])
+    found = []
+    for measured in (2e11, 0.0):
+        monkeypatch.setattr("gossamer.calibration.judging.MEASURED_MACS", measured)
+        if decoupled:
+            result = gs.decouple(source, X, macs=0.7, calibration=batches(), runtime=None)
+        else:
+            result = gs.factorize(source, X, method=("svd", "spatial_svd", "tucker2"), macs=0.7, calibration=batches(), runtime=None)
+        assert result.after.macs <= 0.7 * result.before.macs
+        found.append(far(result.model))
+    assert found[1] < 1.3 * found[0] + 1e-4
+
+
 def test_auto_chooses_only_what_is_faster_and_forced_methods_say_what_is_slower(monkeypatch):
     source = net()
     monkeypatch.setattr("gossamer.lowrank.options.time_chains", lambda chains, shape, threads: [1.0] + [0.5] * (len(chains) - 1))
@@ -165,6 +201,18 @@ def test_auto_chooses_only_what_is_faster_and_forced_methods_say_what_is_slower(
         gs.factorize(source, X, macs=0.6)
     forced = gs.factorize(source, X, method="svd", rank={"6": 8})
     assert any("slower in ONNX Runtime than the layer before: 6 (2.00 times)" in n for n in forced.notes)
+
+
+def test_times_that_rise_as_ranks_fall_are_smoothed():
+    site = find_sites(nn.Conv2d(64, 64, 3), (torch.zeros(1, 64, 8, 8),))[0][0]
+    options = ladder(site, ("svd", "tucker2"))
+    measured = torch.rand(len(options), generator=torch.Generator().manual_seed(0)).tolist()
+    given = [replace(o, ms=ms, before_ms=0.5) for o, ms in zip(options, measured, strict=True)]
+    found = smoothed(given)
+    for method in ("svd", "tucker2"):
+        assert [o.ms for o in found if o.method == method] == list(np.minimum.accumulate([o.ms for o in given if o.method == method]))
+    assert [(o.method, o.ranks, o.before_ms) for o in found] == [(o.method, o.ranks, 0.5) for o in options]
+    assert smoothed(options) == options
 
 
 def test_a_latency_target_is_allocated_for_again_where_the_whole_network_is_slower_than_its_layers(monkeypatch):

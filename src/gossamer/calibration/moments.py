@@ -67,12 +67,23 @@ def second_moments(model: nn.Module, layers: Mapping[str, nn.Linear | _ConvNd], 
     Raises:
         UsageError: the batches are empty, or a layer's input is not finite.
     """
-    found: dict[str, Moments] = {}
+    return _sweep(model, layers, batches, 1)[0]
+
+
+def moments_of_halves(model: nn.Module, layers: Mapping[str, nn.Linear | _ConvNd], batches: Iterable[Batch]) -> list[dict[str, Moments]]:
+    """`second_moments` over the batches with even numbers, counted from zero, and over those with odd ones, which may be none."""
+    return _sweep(model, layers, batches, 2)
+
+
+def _sweep(model: nn.Module, layers: Mapping[str, nn.Linear | _ConvNd], batches: Iterable[Batch], parts: int) -> list[dict[str, Moments]]:
+    every: list[dict[str, Moments]] = [{} for _ in range(parts)]
+    count = 0
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: Any, inputs: tuple[Any, ...]) -> None:
             x_PGK = patches(module, inputs[0].detach())
             xx = (x_PGK[:, 0].T @ x_PGK[:, 0])[None] if x_PGK.shape[1] == 1 else x_PGK.permute(1, 2, 0) @ x_PGK.transpose(0, 1)
+            found = every[count % parts]
             m = found.get(name)
             if m is None:
                 found[name] = Moments(len(x_PGK), x_PGK.sum(0), xx)
@@ -83,7 +94,6 @@ def second_moments(model: nn.Module, layers: Mapping[str, nn.Linear | _ConvNd], 
 
     handles = [module.register_forward_pre_hook(watch(name)) for name, module in layers.items()]
     try:
-        count = 0
         with evaluating(model):
             for batch in batches:
                 model(*batch.args, **batch.kwargs)
@@ -93,20 +103,20 @@ def second_moments(model: nn.Module, layers: Mapping[str, nn.Linear | _ConvNd], 
             h.remove()
     if not count:
         raise UsageError("no calibration batch: the data is empty")
-    for name, m in found.items():
+    for name, m in ((n, m) for found in every for n, m in found.items()):
         if not bool(torch.isfinite(m.xx).all()):
             raise UsageError(f"the inputs of {name} are not finite on the calibration data: check the data and the network")
-    return found
+    return every
 
 
-def in_stages(layers: Mapping[str, nn.Linear | _ConvNd]) -> list[list[str]]:
-    """Names of layers in groups whose second moments fit in memory together."""
+def in_stages(layers: Mapping[str, nn.Linear | _ConvNd], *, copies: int = 1) -> list[list[str]]:
+    """Names of layers in groups whose second moments, so many of each, fit in memory together."""
     out: list[list[str]] = [[]]
     size = 0
     for name, module in layers.items():
         groups = getattr(module, "groups", 1)
         k = module.weight.numel() // (module.out_features if isinstance(module, nn.Linear) else module.out_channels)
-        bytes_ = 4 * groups * k**2
+        bytes_ = 4 * copies * groups * k**2
         if out[-1] and size + bytes_ > HELD_BYTES:
             out.append([])
             size = 0

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from gossamer.calibration import Batches, following_norms, reestimate_batch_norm
-from gossamer.decoupling.choice import MOST_INPUTS, each_fitted, slower, some, within_budget
+from gossamer.calibration import MOST_INPUTS, Batches, Halves, following_norms, reestimate_batch_norm, samples_of
+from gossamer.decoupling.choice import fit_all, slower, some, within_budget
 from gossamer.decoupling.fitting import Fitted
 from gossamer.decoupling.forms import FORMS, Sizes, convolutions, cost, exchange, inner, most_terms, sizes_of, unfit
 from gossamer.errors import NothingToDo, UsageError, near
@@ -59,14 +59,15 @@ def decouple(
         terms: kernels for each input channel, at most the kernel's positions, which would be exact.
         groups: of a grouped one, 2 or more, within each group that a layer has.
         width: of a bottleneck, fraction of the channels inside, in (0, 1).
-        macs: fraction of the network's to keep, in (0, 1): terms, groups or widths are then allocated, each layer's loss measured alone as the
+        macs: fraction of the network's to keep, in (0, 1): terms, groups or widths are then allocated, each layer's loss judged alone as the
             divergence of the network's outputs. In place of the three.
         calibration: batches; weights then minimise the error of the layers' outputs, and biases (or the batch norm that follows) make up for the
-            means. Without them weights stand for the original's alone.
+            means. Without them weights stand for the original's alone. Two batches or more: where a layer sees little of its inputs, its losses on
+            every other batch are those of a fit to the rest.
         ignore: patterns of module paths that stay as they are.
         reestimate_bn: measure batch-norm statistics again on calibration data.
         runtime: layers are timed there, so that notes can tell which got slower; None times nothing.
-        samples: of the calibration data, on which losses are measured.
+        samples: of the calibration data, on which losses are judged.
         threads: of ONNX Runtime.
         seed: of the search for groups.
         progress: called with steps done and all.
@@ -110,11 +111,24 @@ def decouple(
     if batches is None:
         notes.append("no calibration data: weights stand for the original's alone")
     if macs is not None:
-        fitted = within_budget(work, named, form, options, macs, before, batches, samples=samples, seed=seed, progress=progress)
+        fitted = within_budget(
+            work,
+            named,
+            form,
+            options,
+            macs,
+            before,
+            batches,
+            per_sample=before.macs / samples_of(inputs),
+            samples=samples,
+            seed=seed,
+            progress=progress,
+        )
     else:
         fitted = {}
-        for place, sizes, found in each_fitted(work, named, form, options, batches, seed=seed):
-            fitted[place.name] = sizes, found
+        halves = Halves(work, {n: named[n].layer for n in options}, batches)
+        for name, sizes, (found, _) in fit_all(halves, named, form, options, seed=seed):
+            fitted[name] = sizes, found
             if progress is not None:
                 progress(len(fitted), len(options))
     if runtime is not None:

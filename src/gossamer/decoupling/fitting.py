@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ class Fitted:
         inputs, outputs: of a grouped one, the channels in the order of its groups; empty where that is the order they have.
         shift: what the outputs' means would have lost, ``(outputs,)``; the last convolution's bias makes up for it. None without moments.
         error: relative error: root mean square of the outputs on the moments' data, means apart; without moments, norm of the weight.
+        missing: what it lacks of the weight, ``(groups, outs, K)``.
     """
 
     module: nn.Sequential
@@ -36,6 +37,7 @@ class Fitted:
     outputs: tuple[int, ...]
     shift: Tensor | None
     error: float
+    missing: Tensor = field(repr=False)
 
 
 def decouple_layer(
@@ -127,7 +129,7 @@ def fit_layer(
         start = start if shift is None else start + shift
         with torch.no_grad():
             layers[-1].bias.copy_(start[list(found[1])] if found[1] else start)  # type: ignore[union-attr]
-    return Fitted(made, *found, shift, _error(w.flatten(2), missing_GOK, moments))
+    return Fitted(made, *found, shift, _error(w.flatten(2), missing_GOK, moments), missing_GOK.float())
 
 
 def _in_groups(w: Tensor, blocks: int, order: Orders, c_GKK: Tensor | None) -> tuple[list[Tensor], Tensor]:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
 
 from torch import nn
 
-from gossamer.calibration import Batches, Divergence
+from gossamer.calibration import Batches, Divergence, Halves, best_together, exchanged, samples_of
 from gossamer.errors import BudgetError, NothingToDo, UsageError
 from gossamer.lowrank.fitting import Fitted
 from gossamer.lowrank.layers import Site
-from gossamer.lowrank.options import Option, fit_all, ladder, losses, timed
-from gossamer.plan import apply_structure, replace_module
+from gossamer.lowrank.options import Option, fit_all, ladder, losses, smoothed, timed
+from gossamer.plan import apply_structure
 from gossamer.profiling import benchmark
 from gossamer.profiling.targets import latency_fraction, measured_fraction
 from gossamer.result import ExampleInputs, Profile
@@ -76,13 +75,19 @@ def allocate(
     options, notes = _options(sites, methods, budget, only_faster, unit, threads)
     if not any(options.values()):
         raise NothingToDo("no layer has ranks that would pay" + (f" ({'; '.join(notes)})" if notes else ""))
-    lost = losses(model, options, sites, batches, far, seed=seed, progress=progress)
+    halves = Halves(model, {n: sites[n].layer for n, found in options.items() if found}, batches)
+    lost = losses(model, options, sites, halves, far, macs=before.macs / samples_of(inputs), seed=seed, progress=progress)
     if far is None:
         notes.append("losses by relative weight error, which ranks layers poorly: pass calibration data")
+
+    def best(candidates: Sequence[dict[str, Option]]) -> tuple[dict[str, Option], dict[str, Fitted]]:
+        layers = {n: s.layer for n, s in sites.items()}
+        return best_together(model, layers, candidates, lambda wanted, apart: fit_all(halves, wanted, sites, seed, apart=apart), far)
+
     choose = _Chooser(sites, options, lost, budget, before)
     if budget.kind != "latency":
         target = float(budget.value) * choose.whole
-        picks, fitted = _best(model, sites, [choose.within(target, p) for p in POWERS], batches, far, seed)
+        picks, fitted = best([choose.within(target, p) for p in POWERS])
         return picks, fitted, notes
     assert threads is not None
     aim = latency_fraction(budget.value, model, inputs, threads=threads)
@@ -97,8 +102,8 @@ def allocate(
             if not found:
                 raise
             break
-        picks, fitted = _best(model, sites, candidates, batches, far, seed)
-        true, said = measured_fraction(model, _exchanged(model, sites, fitted), inputs, threads=threads)
+        picks, fitted = best(candidates)
+        true, said = measured_fraction(model, _copied(model, sites, fitted), inputs, threads=threads)
         found.append((true, picks, fitted, said))
         if true <= aim * 1.03:
             break
@@ -116,7 +121,7 @@ def _options(
     for name, site in sites.items():
         options = [o for o in ladder(site, methods, unit=unit) if budget.kind != "params" or o.params < site.params]
         if options and threads is not None and (only_faster or budget.kind == "latency"):
-            options = timed(site, options, threads=threads)
+            options = smoothed(timed(site, options, threads=threads))
             if not any(o.pays for o in options):
                 slow.append(name)
             options = [o for o in options if o.pays]
@@ -182,48 +187,7 @@ def whole_ms(model: nn.Module, inputs: ExampleInputs, threads: int) -> float:
     return benchmark(model, example_inputs=inputs, threads=threads).rows[0].median_ms
 
 
-def _best(
-    model: nn.Module,
-    sites: Mapping[str, Site],
-    candidates: Sequence[dict[str, Option]],
-    batches: Batches | None,
-    far: Divergence | None,
-    seed: int,
-) -> tuple[dict[str, Option], dict[str, Fitted]]:
-    """The allocation whose network as a whole loses least, and its layers."""
-    different = [c for i, c in enumerate(candidates) if c not in candidates[:i]] if far is not None else [candidates[0]]
-    wanted: dict[str, list[Option]] = {}
-    for candidate in different:
-        for name, one in candidate.items():
-            if one not in wanted.setdefault(name, []):
-                wanted[name].append(one)
-    made: dict[tuple[str, Option], Fitted] = {}
-    fit_all(model, wanted, sites, batches, seed, lambda site, one, fitted: made.__setitem__((site.name, one), fitted))
-
-    def loss(candidate: Mapping[str, Option]) -> float:
-        if far is None or len(different) == 1:
-            return 0.0
-        parts = {n: made[n, o] for n, o in candidate.items()}
-        changed = model
-        for name, found in parts.items():
-            changed = replace_module(changed, sites[name].layer, found.module)
-        try:
-            return min(far(changed), inf)
-        finally:
-            for name, found in parts.items():
-                changed = replace_module(changed, found.module, sites[name].layer)
-
-    best = min(different, key=loss)
-    return best, {n: made[n, o] for n, o in best.items()}
-
-
-def _exchanged(model: nn.Module, sites: Mapping[str, Site], fitted: Mapping[str, Fitted]) -> nn.Module:
+def _copied(model: nn.Module, sites: Mapping[str, Site], fitted: Mapping[str, Fitted]) -> nn.Module:
     """A copy of the network with layers exchanged."""
-    changed = model
-    for name, found in fitted.items():
-        changed = replace_module(changed, sites[name].layer, found.module)
-    try:
+    with exchanged(model, {sites[n].layer: f.module for n, f in fitted.items()}) as changed:
         return apply_structure(changed, [])
-    finally:
-        for name, found in fitted.items():
-            changed = replace_module(changed, found.module, sites[name].layer)

@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from gossamer.calibration import Batches, Moments, in_stages, second_moments, shrunk
+from gossamer.calibration import MOST_INPUTS, Batches, Moments, in_stages, second_moments, shrunk
 from gossamer.errors import SelectorError, UsageError, near
 from gossamer.exchange import canonical
 from gossamer.lowrank.decompositions import spectra, unfolded
 from gossamer.lowrank.evbmf import evbmf_rank
 from gossamer.lowrank.layers import Site
-from gossamer.lowrank.options import MOST_INPUTS, UNIT, Option, option, timed
+from gossamer.lowrank.options import UNIT, Option, option, timed
 from gossamer.lowrank.structure import Ranks, full_ranks, takes
 
 RankSpec = int | float | Literal["evbmf"] | tuple[int | float, ...]

@@ -9,14 +9,14 @@ from typing import Any, Literal
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gossamer.calibration import Batches, Divergence, following_norms, reestimate_batch_norm
+from gossamer.calibration import MOST_INPUTS, Batches, Divergence, Halves, following_norms, reestimate_batch_norm
 from gossamer.errors import NothingToDo, UsageError, near
 from gossamer.exchange import check_finite
 from gossamer.lowrank.allocation import Budget, allocate
 from gossamer.lowrank.choice import RankSpec, chosen_ranks
 from gossamer.lowrank.fitting import Fitted
 from gossamer.lowrank.layers import Site, find_sites
-from gossamer.lowrank.options import MOST_INPUTS, Option, fit_all, timed
+from gossamer.lowrank.options import Option, fit_all, timed
 from gossamer.lowrank.structure import METHODS
 from gossamer.plan import Factorize, Plan, apply_structure, input_specs, replace_module
 from gossamer.profiling import profile
@@ -69,20 +69,21 @@ def factorize(
         rank: of each group: an integer, a fraction of the full rank, two of either for Tucker-2, ``"evbmf"`` (what stands out of noise, by
             variational Bayes; for experts: trained weights have no noise), or a dict from patterns of module paths to ranks.
         energy: fraction of the squared singular values to keep, in (0, 1]; of the outputs, where there are calibration data.
-        macs, params: fraction of the network's to keep, in (0, 1). Each layer's loss is measured alone at several ranks, as the divergence of
+        macs, params: fraction of the network's to keep, in (0, 1). Each layer's loss is judged alone at several ranks, as the divergence of
             the network's outputs; ranks are allocated over all layers together.
         latency: fraction of the network's latency in ONNX Runtime to keep, in (0, 1), or milliseconds (``"5ms"``). Exactly one of the five
             is given.
         calibration: batches; factors then minimise the error of the layers' outputs, and biases (or the batch norm that follows) make up for the
-            means. Without them factors are those of the weights alone.
+            means. Without them factors are those of the weights alone. Two batches or more: where a layer sees little of its inputs, its losses
+            on every other batch are those of factors fitted to the rest.
         ignore: patterns of module paths that stay as they are.
         round_to: ranks that are not given are multiples of this; None for 8, less in narrow layers, and not where that measured slower.
         reestimate_bn: measure batch-norm statistics again on calibration data.
         runtime: layers are timed there; None times nothing: the plan then depends on seed and data alone.
-        samples: of the calibration data, on which losses are measured.
+        samples: of the calibration data, on which losses are judged.
         threads: of ONNX Runtime.
         seed: of CP's start.
-        progress: called with steps done and all.
+        progress: called with steps done and all; under a budget each option is fitted, then judged.
 
     Returns:
         A `Result` whose plan holds a `Factorize` for each layer. Notes tell what was left alone, and which layers got slower.
@@ -130,7 +131,11 @@ def factorize(
             work, named, methods, auto, rank, energy, batches, round_to=round_to, threads=threads if fast else None
         )
         fitted: dict[str, Fitted] = {}
-        fit_all(work, {n: [o] for n, o in picks.items()}, named, batches, seed, _keeper(fitted, len(picks), progress))
+        halves = Halves(work, {n: named[n].layer for n in picks}, batches)
+        for name, _, (found, _) in fit_all(halves, {n: [o] for n, o in picks.items()}, named, seed):
+            fitted[name] = found
+            if progress is not None:
+                progress(len(fitted), len(picks))
     else:
         far = Divergence(work, batches, samples=samples) if batches is not None else None
         picks, fitted, remarks = allocate(
@@ -190,15 +195,6 @@ def _target(**given: Any) -> Budget | None:
     if isinstance(value, str) and kind != "latency":
         raise UsageError(f"{kind}={value!r}: give a fraction between 0 and 1 (exclusive)")
     return Budget(kind, value)
-
-
-def _keeper(fitted: dict[str, Fitted], total: int, progress: Callable[[int, int], None] | None) -> Callable[[Site, Option, Fitted], None]:
-    def keep(site: Site, _: Option, found: Fitted) -> None:
-        fitted[site.name] = found
-        if progress is not None:
-            progress(len(fitted), total)
-
-    return keep
 
 
 def _exchange(

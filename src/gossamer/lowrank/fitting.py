@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,14 @@ class Fitted:
         module: its layers in a row.
         shift: what the outputs' means would have lost, ``(outputs,)``; the last layer's bias makes up for it. None without moments.
         error: relative error: root mean square of the outputs on the moments' data, means apart; without moments, norm of the weight.
+        missing: what the factors lack of the weight, ``(groups, outs, K)``.
         cp: how the decomposition went, of a CP-factorised layer.
     """
 
     module: nn.Sequential
     shift: Tensor | None
     error: float
+    missing: Tensor = field(repr=False)
     cp: CPFit | None = None
 
 
@@ -103,7 +105,7 @@ def fit_layer(
         start = start if layer.bias is None else layer.bias.detach().cpu().double()
         with torch.no_grad():
             made[-1].bias.copy_(start if shift is None else start + shift)  # type: ignore[operator]
-    return Fitted(made, shift, _error(w.flatten(2), missing_GOK, moments), found)
+    return Fitted(made, shift, _error(w.flatten(2), missing_GOK, moments), missing_GOK.float(), found)
 
 
 def product(method: str, parts: list[Tensor]) -> Tensor:

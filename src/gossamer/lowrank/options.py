@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from math import exp, log
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from gossamer.calibration import Divergence, Moments, in_stages, second_moments, shrunk
+from gossamer.calibration import Divergence, Fits, Halves, alone, shrunk
 from gossamer.lowrank.fitting import Fitted, fit_layer
 from gossamer.lowrank.layers import Site
 from gossamer.lowrank.structure import Ranks, full_ranks, takes
-from gossamer.plan import replace_module
 from gossamer.profiling.chains import time_chains
 from gossamer.search import monotone
-from gossamer.sources.batches import Batch
 
 FRACTIONS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
 """Of a layer's MACs: ranks that are options under a budget, for each method."""
@@ -28,8 +27,6 @@ UNIT = 8
 """Ranks are multiples of this, the channels that one vector instruction handles, where a layer is wide enough."""
 FASTER = 0.97
 """A factorised layer pays where it takes less than this fraction of the layer's time: less is noise."""
-MOST_INPUTS = 6000
-"""Layers with more inputs times kernel positions keep plain factors: their second moments would take gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -118,80 +115,73 @@ def timed(site: Site, options: Sequence[Option], *, threads: int) -> list[Option
     return [replace(o, ms=float(t), before_ms=float(total[0])) for o, t in zip(options, total[1:], strict=True)]
 
 
-def fit_all(
-    model: nn.Module,
-    wanted: Mapping[str, Sequence[Option]],
-    sites: Mapping[str, Site],
-    batches: Iterable[Batch] | None,
-    seed: int,
-    use: Callable[[Site, Option, Fitted], None],
-) -> None:
-    """Fit every wanted option and hand it on, layer by layer, with the moments of a few layers at a time in memory.
+def smoothed(options: Sequence[Option]) -> list[Option]:
+    """Options with no method slower at lower ranks than at higher ones: where it measured so, that is noise, or the higher ones serve as well.
 
     Args:
-        model: the network as it is.
+        options: timed; those of a method by falling ranks.
+    """
+    least: dict[str, float] = {}
+    out = []
+    for one in options:
+        if one.ms is not None:
+            least[one.method] = min(one.ms, least.get(one.method, one.ms))
+        out.append(replace(one, ms=least.get(one.method)))
+    return out
+
+
+def fit_all(
+    halves: Halves, wanted: Mapping[str, Sequence[Option]], sites: Mapping[str, Site], seed: int, *, apart: bool = False
+) -> Fits[Option, Fitted]:
+    """Fit every wanted option, layer by layer.
+
+    Args:
+        halves: of the layers' inputs.
         wanted: options by layer.
         sites: layers by name.
-        batches: for the moments; None for factors of the weights alone.
         seed: of CP.
-        use: called with each fitted option.
+        apart: where moments are few, fitted twice, to be judged on even batches and on odd ones (see `gossamer.calibration.Halves`).
     """
-    layers = {name: sites[name].layer for name in wanted if sites[name].dims.ins * sites[name].dims.taps <= MOST_INPUTS}
-    stages = in_stages(layers) if batches is not None and layers else [list(layers)]
-    stages = [*stages, [n for n in wanted if n not in layers]]
-    for stage in stages:
-        moments: dict[str, Moments] = {}
-        if batches is not None and stage and stage[0] in layers:
-            moments = second_moments(model, {n: layers[n] for n in stage}, batches)
-        for name in stage:
-            known = moments.pop(name, None)
-            c_GKK = shrunk(known).cpu() if known is not None else None
-            for one in wanted[name]:
-                use(sites[name], one, fit_layer(sites[name].layer, one.method, one.ranks, moments=known, c_GKK=c_GKK, seed=seed))
+    for name, moments in halves.of(wanted, apart=apart):
+        spread = [shrunk(m).cpu() if m is not None else None for m in moments]
+        for one in wanted[name]:
+            layer = sites[name].layer
+            made = [fit_layer(layer, one.method, one.ranks, moments=m, c_GKK=c, seed=seed) for m, c in zip(moments, spread, strict=True)]
+            yield name, one, (made[0], made[-1])
 
 
 def losses(
     model: nn.Module,
     options: Mapping[str, Sequence[Option]],
     sites: Mapping[str, Site],
-    batches: Iterable[Batch] | None,
+    halves: Halves,
     far: Divergence | None,
     *,
+    macs: float,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, dict[tuple[str, Ranks], float]]:
-    """What the network's outputs lose with each option alone: measured at a few ranks of each method, interpolated at the others.
+    """What the network's outputs lose with each option alone: judged at a few ranks of each method, interpolated at the others.
 
     Args:
-        model: the network; each layer is exchanged in it and put back.
+        model: the network, which stays as it is.
         options: by layer.
         sites: layers by name.
-        batches: calibration data for the factors; None for factors of the weights alone.
-        far: what is measured; None takes the weights' relative squared error.
-        seed: of CP.
-        progress: called with measurements done and all.
+        halves: of the layers' inputs.
+        far: what is judged by; None takes the weights' relative squared error.
+        macs: of the network, for each sample.
+        seed: of CP, and of the prediction.
+        progress: called with steps done and all: each option is fitted, then judged.
     """
     chosen = {name: _measured(sites[name], found) for name, found in options.items() if found}
-    total = sum(map(len, chosen.values()))
-    raw: dict[str, dict[tuple[str, Ranks], float]] = {name: {} for name in chosen}
-    done = 0
+    done, total = count(1), 2 * sum(map(len, chosen.values()))
 
-    def measure(site: Site, one: Option, fitted: Fitted) -> None:
-        nonlocal done
-        if far is None:
-            loss = fitted.error**2
-        else:
-            changed = replace_module(model, site.layer, fitted.module)
-            try:
-                loss = far(changed)
-            finally:
-                replace_module(changed, fitted.module, site.layer)
-        raw[site.name][one.method, one.ranks] = loss
-        done += 1
+    def step() -> None:
         if progress is not None:
-            progress(done, total)
+            progress(next(done), total)
 
-    fit_all(model, chosen, sites, batches, seed, measure)
+    layers = {n: sites[n].layer for n in chosen}
+    raw = alone(model, layers, fit_all(halves, chosen, sites, seed, apart=far is not None), far, macs=macs, seed=seed, step=step)
     return {name: _interpolated(sites[name], found, raw[name]) for name, found in options.items() if found}
 
 
@@ -204,12 +194,12 @@ def _measured(site: Site, options: Sequence[Option]) -> list[Option]:
     return out
 
 
-def _interpolated(site: Site, options: Sequence[Option], measured: Mapping[tuple[str, Ranks], float]) -> dict[tuple[str, Ranks], float]:
+def _interpolated(site: Site, options: Sequence[Option], measured: Mapping[Option, float]) -> dict[tuple[str, Ranks], float]:
     """Losses of all options: their logarithm is linear in the MACs between two that were measured, and beyond them; never falling."""
     out: dict[tuple[str, Ranks], float] = {}
     for method in dict.fromkeys(o.method for o in options):
         mine = sorted((o for o in options if o.method == method), key=lambda o: -o.macs)
-        known = sorted((o.macs / site.macs, measured[o.method, o.ranks]) for o in mine if (o.method, o.ranks) in measured)
+        known = sorted((o.macs / site.macs, measured[o]) for o in mine if o in measured)
         x = np.array([k[0] for k in known])
         y = np.array([log(min(max(k[1], 1e-9), 1e9)) for k in known])
         values = [exp(_line(x, y, o.macs / site.macs)) for o in mine]
