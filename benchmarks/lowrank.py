@@ -236,7 +236,7 @@ def pointwise(options: argparse.Namespace) -> None:
             ranks = (max(1, int(part * d.ins * d.outs / (d.ins + d.outs))),)
             plain = fit_layer(site.layer, "svd", ranks)
             fitted = fit_layer(site.layer, "svd", ranks, moments=moments[site.name])
-            mean = moments[site.name].mean().double()
+            mean = moments[site.name].mean.double()
             missing = (canonical(site.layer).double().flatten(2) - _matrix(plain.module)) @ mean[:, :, None]
             made.append([plain.module, nn.Sequential(plain.module, _Shift(missing.flatten().float())), fitted.module])
         found = output_errors(task.model, sites, made, task.evaluation[:2])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from gossamer.calibration import Batches, Moments, following_norms, in_stages, patches, second_moments
+from gossamer.calibration import Batches, Moments, following_norms, in_stages, patches, second_moments, shrunk
 from gossamer.errors import UsageError
 from gossamer.sources.batches import Batch
 
@@ -47,16 +47,19 @@ def test_patches_times_the_kernel_are_the_outputs(layer):
     torch.testing.assert_close(got, y[rows], rtol=1e-4, atol=1e-5)
 
 
-def test_moments_equal_numpy_and_stages_hold_every_layer():
+@pytest.mark.parametrize("far", [0.0, 3000.0])
+def test_moments_equal_numpy_and_stages_hold_every_layer(far):
     net = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
-    batches = [Batch((torch.randn(20, 5),), {}, None) for _ in range(3)]
+    batches = [Batch((torch.randn(20, 5) + far,), {}, None) for _ in range(3)]
     layers = {"0": net[0], "2": net[2]}
     found = second_moments(net, layers, batches)
     x = torch.cat([b.args[0] for b in batches])
     for name, inputs in (("0", x), ("2", net[:2](x).detach())):
         assert isinstance(found[name], Moments)
-        np.testing.assert_allclose(found[name].mean()[0].numpy(), inputs.numpy().mean(0), atol=1e-5)
-        np.testing.assert_allclose(found[name].covariance()[0].numpy(), np.cov(inputs.numpy().T, bias=True), atol=1e-5)
+        np.testing.assert_allclose(found[name].mean[0].numpy(), inputs.double().numpy().mean(0), rtol=1e-6, atol=1e-5)
+        np.testing.assert_allclose(
+            found[name].covariance()[0].numpy(), np.cov(inputs.double().numpy().T, bias=True), atol=1e-3 if far else 1e-5
+        )
     assert in_stages(layers) == [["0", "2"]]
     assert in_stages({str(i): nn.Conv2d(400, 2, 3) for i in range(20)}) == [[str(i) for i in range(a, min(a + 10, 20))] for a in (0, 10)]
     with pytest.raises(UsageError, match="the data is empty"):
@@ -85,3 +88,12 @@ def test_trying_the_layout_is_not_seen_by_hooks_and_an_abandoned_sweep_starts_ag
     again = Batches(source, (source[0],), net)
     next(iter(again))
     assert len(list(again)) == 3
+
+
+def test_inputs_that_never_vary_have_no_covariance_and_zero_is_counted_from():
+    x = torch.randn(200, 2, 3)
+    x[:, 0, 1] = 1234.5 * (1 + 1e-7 * torch.randn(200))
+    found = Moments.of(x[:120]) + Moments.of(x[120:])
+    assert not bool(found.covariance()[0, 1].any())
+    np.testing.assert_allclose(found.about_zero()[1].numpy(), (x[:, 1].double().T @ x[:, 1].double() / 200).numpy(), atol=1e-5)
+    assert bool(torch.linalg.eigvalsh(shrunk(found)).gt(0).all())

@@ -56,7 +56,7 @@ def inputs(layer, n=2):
 
 def moments_of(layer, n=40):
     x = patches(layer, inputs(layer, n))
-    return Moments(len(x), x.sum(0), x.permute(1, 2, 0) @ x.transpose(0, 1))
+    return Moments.of(x)
 
 
 @pytest.mark.parametrize(("layer", "method"), CASES, ids=NAMES)
@@ -140,7 +140,7 @@ def test_singular_weights_and_inputs(weight, method):
             layer.weight.fill_(float(weight == "ones"))
     x = inputs(layer)
     silent = Moments(50, torch.zeros(1, 54), torch.zeros(1, 54, 54))
-    constant = Moments(50, torch.full((1, 54), 50.0), torch.full((1, 54, 54), 50.0))
+    constant = Moments.of(torch.ones(50, 1, 54))
     for moments in (None, moments_of(layer), silent, constant):
         for rank in (1, 3):
             ranks = (rank, rank) if method == "tucker2" else (rank,)
@@ -174,7 +174,7 @@ def test_factors_fitted_to_inputs_lose_less_of_the_outputs(layer, method, ranks)
         return z.flatten(0, 2) if isinstance(layer, nn.Linear) else z.movedim(-1, 1)
 
     x = patches(layer, draw(60))
-    moments = Moments(len(x), x.sum(0), x.permute(1, 2, 0) @ x.transpose(0, 1))
+    moments = Moments.of(x)
     with torch.no_grad():
         held_out = draw(20)
         want = layer(held_out)
@@ -190,7 +190,7 @@ def test_data_aware_svd_is_the_best_of_its_rank():
     """Against the closed form in NumPy, and against small changes of it."""
     layer = nn.Linear(8, 6)
     x = torch.randn(4000, 8) @ torch.randn(8, 8)
-    moments = Moments(len(x), x.sum(0)[None], (x.T @ x)[None])
+    moments = Moments.of(x[:, None])
     w, c = layer.weight.detach().double().numpy(), np.cov(x.double().numpy().T, bias=True)
     c = 0.8 * c + 0.2 * np.trace(c) / 8 * np.eye(8)
     values, vectors = np.linalg.eigh(c)
@@ -203,7 +203,7 @@ def test_data_aware_svd_is_the_best_of_its_rank():
 def test_the_last_bias_makes_up_for_the_mean():
     layer = nn.Linear(8, 6, bias=False)
     x = torch.randn(500, 8) * 0.1 + 3
-    fitted = fit_layer(layer, "svd", (2,), moments=Moments(len(x), x.sum(0)[None], (x.T @ x)[None]))
+    fitted = fit_layer(layer, "svd", (2,), moments=Moments.of(x[:, None]))
     assert fitted.module[-1].bias is not None
     torch.testing.assert_close(fitted.module(x).mean(0), layer(x).mean(0), atol=1e-4, rtol=1e-4)
 

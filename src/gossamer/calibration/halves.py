@@ -74,7 +74,6 @@ def _apart(halves: list[Moments], apart: bool) -> Apart:
     if len(halves) < 2:  # one batch, or a layer that ran in one half alone, or never
         return (halves[0] if halves else None,)
     even, odd = halves
-    n = even.n + odd.n
-    if apart and n < ENOUGH * even.x.shape[1]:
+    if apart and even.n + odd.n < ENOUGH * even.mean.shape[1]:
         return odd, even
-    return (Moments(n, even.x + odd.x, even.xx + odd.xx),)
+    return (even + odd,)

@@ -15,33 +15,50 @@ from gossamer.errors import UsageError
 from gossamer.profiling.runtime import evaluating
 from gossamer.sources.batches import Batch
 
+_ROUNDING = 1e-6  # of a float32 value, what its computation may have rounded
 SHRINKAGE = 0.2
 HELD_BYTES = 2**29
 """Second moments held at a time; layers beyond them wait for the next sweep over the batches."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Moments:
-    """Sums over the positions of a layer's input, for each group.
+    """Of the positions of a layer's input, for each group. About the mean: products of float32 values far from zero leave nothing of a small variance.
 
     Attributes:
         n: positions.
-        x: their sum, ``(groups, K)``.
-        xx: sum of their outer products, ``(groups, K, K)``.
+        mean: ``(groups, K)``.
+        scatter: sum of the outer products of what positions differ from the mean by, ``(groups, K, K)``.
     """
 
     n: int
-    x: Tensor
-    xx: Tensor
+    mean: Tensor
+    scatter: Tensor
 
-    def mean(self) -> Tensor:
-        """``(groups, K)``."""
-        return self.x / self.n
+    @classmethod
+    def of(cls, x_PGK: Tensor) -> Moments:
+        """Of positions in a row."""
+        mean_GK = x_PGK.mean(0)
+        x_PGK = x_PGK - mean_GK
+        one = x_PGK.shape[1] == 1
+        scatter_GKK = (x_PGK[:, 0].T @ x_PGK[:, 0])[None] if one else x_PGK.permute(1, 2, 0) @ x_PGK.transpose(0, 1)
+        return cls(len(x_PGK), mean_GK, scatter_GKK)
+
+    def __add__(self, other: Moments) -> Moments:
+        """Of both. Source: Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance", 1983, equation 2.1."""
+        share, apart_GK = other.n / (self.n + other.n), other.mean - self.mean
+        scatter_GKK = (apart_GK[:, :, None] * (self.n * share * apart_GK)[:, None]).add_(self.scatter).add_(other.scatter)
+        return Moments(self.n + other.n, self.mean + share * apart_GK, scatter_GKK)
 
     def covariance(self) -> Tensor:
-        """``(groups, K, K)``."""
-        mean_GK = self.mean()
-        return self.xx / self.n - mean_GK[:, :, None] * mean_GK[:, None]
+        """``(groups, K, K)``; 0 for inputs that vary by no more than float32 rounds them."""
+        c_GKK = self.scatter / self.n
+        varies_GK = c_GKK.diagonal(dim1=1, dim2=2) > (_ROUNDING * self.mean).square()
+        return c_GKK * (varies_GK[:, :, None] & varies_GK[:, None])
+
+    def about_zero(self) -> Tensor:
+        """Mean of the outer products of the inputs as they are, ``(groups, K, K)``."""
+        return self.covariance() + self.mean[:, :, None] * self.mean[:, None]
 
 
 def shrunk(moments: Moments) -> Tensor:
@@ -82,13 +99,8 @@ def _sweep(model: nn.Module, layers: Mapping[str, nn.Linear | _ConvNd], batches:
     def watch(name: str) -> Callable[..., None]:
         def hook(module: Any, inputs: tuple[Any, ...]) -> None:
             x_PGK = patches(module, inputs[0].detach())
-            xx = (x_PGK[:, 0].T @ x_PGK[:, 0])[None] if x_PGK.shape[1] == 1 else x_PGK.permute(1, 2, 0) @ x_PGK.transpose(0, 1)
-            found = every[count % parts]
-            m = found.get(name)
-            if m is None:
-                found[name] = Moments(len(x_PGK), x_PGK.sum(0), xx)
-            else:
-                m.n, m.x, m.xx = m.n + len(x_PGK), m.x + x_PGK.sum(0), m.xx.add_(xx)
+            found, new = every[count % parts], Moments.of(x_PGK)
+            found[name] = found[name] + new if name in found else new
 
         return hook
 
@@ -104,7 +116,7 @@ def _sweep(model: nn.Module, layers: Mapping[str, nn.Linear | _ConvNd], batches:
     if not count:
         raise UsageError("no calibration batch: the data is empty")
     for name, m in ((n, m) for found in every for n, m in found.items()):
-        if not bool(torch.isfinite(m.xx).all()):
+        if not bool(torch.isfinite(m.scatter).all()):
             raise UsageError(f"the inputs of {name} are not finite on the calibration data: check the data and the network")
     return every
 

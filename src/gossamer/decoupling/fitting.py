@@ -117,7 +117,7 @@ def fit_layer(
     missing_GOK = w.flatten(2) - made_GOK
     shift = None
     if moments is not None:
-        shift = (missing_GOK @ moments.mean().cpu().double()[:, :, None]).flatten()
+        shift = (missing_GOK @ moments.mean.cpu().double()[:, :, None]).flatten()
     bias = bias if bias is not None else layer.bias is not None or shift is not None
     made = skeleton(layer, form, sizes, inputs=found[0], outputs=found[1], bias=bias)
     layers = convolutions(made)

@@ -95,7 +95,7 @@ def fit_layer(
     missing_GOK = (w - product(method, parts).reshape(w.shape)).flatten(2)
     shift = None
     if moments is not None:
-        shift = (missing_GOK @ moments.mean().cpu().double()[:, :, None]).flatten()
+        shift = (missing_GOK @ moments.mean.cpu().double()[:, :, None]).flatten()
     bias = bias if bias is not None else layer.bias is not None or shift is not None
     made = skeleton(layer, method, ranks, bias=bias)
     for module, part in zip(made, parts, strict=True):

@@ -85,7 +85,7 @@ def _prune(
     w0: Tensor, moments: Moments, centre: bool, sparsity: float | None, pattern: Pattern | None, scope: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The mask of one layer, its weights, and what its outputs' means lost."""
-    mean_GK, h_GKK = moments.mean(), moments.covariance() if centre else moments.xx / moments.n
+    mean_GK, h_GKK = moments.mean, moments.covariance() if centre else moments.about_zero()
     groups, k, _ = h_GKK.shape
     average_G1 = h_GKK.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
     fraction = min(max(0.25 * k / moments.n, DAMPING[0]), DAMPING[1])
