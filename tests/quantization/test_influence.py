@@ -15,6 +15,7 @@ from gossamer.quantization.influence import Influence, influences
 from gossamer.quantization.observers import rounding_error
 from gossamer.quantization.points import find_points
 from gossamer.quantization.ranges import output_noise, ranges_by_outputs
+from gossamer.quantization.reconstruction import borne_out, seen_range
 from gossamer.trace.capture import capture
 
 
@@ -125,3 +126,25 @@ def test_a_network_without_a_derivative_has_the_least_squared_error(monkeypatch)
     usual = gs.quantize(net, (DATA[0][:1],), calibration=DATA[:3], observer="mse")
     assert [e for e in found.plan if e.kind == "quantize_activation"] == [e for e in usual.plan if e.kind == "quantize_activation"]
     assert all(p.grad is None for p in net.parameters())
+
+
+def test_biases_take_only_means_that_the_halves_of_the_samples_agree_on():
+    graph = canonical(capture(Saturated().eval(), (DATA[0][:1],)))
+    layer = next(n for n in graph.graph.nodes if n.target == torch.ops.aten.conv2d.default)
+    missing = torch.zeros(8, 3, 2, 2)
+    missing[:, 0] = 0.5  # everywhere
+    missing[0, 1] = 8.0  # in one sample
+    missing[:, 2] = torch.tensor([1.0, -0.9] * 4)[:, None, None]
+    assert borne_out(layer, missing).tolist() == [0.5, 0.0, 0.0]
+    assert borne_out(layer, missing[:1]).tolist() == [0.5, 8.0, 1.0]
+
+
+def test_what_a_layer_is_cut_off_at_is_the_clip_and_the_range_that_follow():
+    result = gs.quantize(Saturated().eval(), (DATA[0][:1],), calibration=DATA[:3], equalize=False)
+    a, b, c = (n for n in result.model.graph.nodes if n.target in (torch.ops.aten.conv2d.default, torch.ops.aten.linear.default))
+    edits = {e.point: e for e in result.plan if e.kind == "quantize_activation"}
+    edit = edits["a:conv2d:0"]
+    assert seen_range(a) == pytest.approx((-edit.zero_point * edit.step, (255 - edit.zero_point) * edit.step))
+    low, high = seen_range(b)
+    assert (low, high <= 6.001) == (0.0, True)
+    assert seen_range(c) == (-float("inf"), float("inf"))

@@ -21,7 +21,6 @@ from gossamer.quantization.targets import Clipped, target, watch
 ROUNDINGS = ("nearest", "gptq", "adaround")
 Progress = Callable[[int, int], None]
 _REFIT = 2  # times that steps and codes are fitted to one another, below 8 bits
-_LEAST_INSIDE = 0.05  # of a channel's values within its clip, that its bias is shifted by the mean of: where fewer are, by less
 
 
 def reconstruct(
@@ -77,7 +76,7 @@ def reconstruct(
             wanted, got = aim.wanted, theirs.run_node(layer)
             if bias_correction:
                 missing = aim.error(wanted if beside is None else wanted + beside, got)
-                shift = channel_mean(layer, missing) / channel_mean(layer, aim.inside(got).to(missing)).clamp(min=_LEAST_INSIDE)
+                shift = borne_out(layer, missing)
                 if shift_bias(quantised, layer, shift):
                     shifts[layer.name] = shift
                     got = got + (shift if op_name(layer) in LINEAR else shift.view(-1, *[1] * (got.dim() - 2)))
@@ -104,6 +103,15 @@ def channel_mean(layer: fx.Node, result: Tensor) -> Tensor:
     if op_name(layer) in LINEAR:
         return result.flatten(0, -2).mean(0) if result.dim() > 1 else result
     return result.movedim(1, 0).flatten(1).mean(1)
+
+
+def borne_out(layer: fx.Node, missing: Tensor) -> Tensor:
+    """Mean of each output channel, less where the halves of the samples give different ones, and 0 where they disagree about the sign."""
+    mean = channel_mean(layer, missing)
+    if missing.dim() < 2 or len(missing) < 2:
+        return mean
+    a, b = channel_mean(layer, missing[::2]), channel_mean(layer, missing[1::2])
+    return mean * (2 * a * b / (a.square() + b.square()).clamp(min=1e-30)).clamp(min=0)
 
 
 class _Walker(fx.Interpreter):

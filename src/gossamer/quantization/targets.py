@@ -34,10 +34,6 @@ class Clipped:
         """What is missing from ``got``, as far as it is seen."""
         return wanted.clamp(self.low, self.high) - got.clamp(self.low, self.high)
 
-    def inside(self, got: Tensor) -> Tensor:
-        """Where a small change is seen."""
-        return (got > self.low) & (got < self.high)
-
 
 @dataclass(frozen=True)
 class Seen:
