@@ -225,7 +225,7 @@ class Quantize(_Step):
     group_size: Literal[32, 64, 128] = 32
     step: Literal["mse", "minmax"] = "mse"
     granularity: Literal["channel", "tensor"] = "channel"
-    observer: Literal["minmax", "percentile", "mse", "moving_average", "entropy"] = "mse"
+    observer: Literal["output", "mse", "percentile", "minmax", "moving_average", "entropy"] = "output"
     rounding: Literal["nearest", "gptq", "adaround"] = "nearest"
     equalize: bool = True
     bias_correction: bool | Literal["analytic"] = True

@@ -82,7 +82,8 @@ def test_observers_are_what_numpy_computes():
     assert h.range("moving_average") == pytest.approx((low, high))
     assert h.range("minmax") == (min(float(b.min()) for b in batches), max(float(b.max()) for b in batches))
     ranges = {o: h.range(o) for o in OBSERVERS}
-    assert len(set(ranges.values())) == len(OBSERVERS)
+    assert ranges.pop("output") == ranges["mse"]  # where it is not known what the outputs depend on
+    assert len(set(ranges.values())) == len(OBSERVERS) - 1
     assert ranges["entropy"][1] < 0.7 * ranges["minmax"][1]
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-OBSERVERS = ("mse", "percentile", "minmax", "moving_average", "entropy")
+OBSERVERS = ("output", "mse", "percentile", "minmax", "moving_average", "entropy")
 BINS = 8192
 _MOMENTUM = 0.9  # what the moving average of a batch's extremes keeps of the batches before
 _MOST = 1 << 19  # elements of one tensor that go into the histogram; the extremes always see all
@@ -26,6 +28,7 @@ class Histogram:
         self.reach = 0.0
         self.low, self.high = 0.0, 0.0
         self.average: tuple[float, float] | None = None
+        self.least_noise: Callable[[tuple[float, float], int], tuple[float, float]] | None = None
 
     def update(self, x: Tensor) -> None:
         """Count the values of ``x``, any shape. ValueError where one is NaN or infinite."""
@@ -63,7 +66,8 @@ class Histogram:
 
         Args:
             observer: ``"minmax"``, ``"moving_average"`` (of the batches' extremes), ``"percentile"`` (99.99% of values), ``"entropy"``
-                (least Kullback-Leibler divergence) or ``"mse"`` (least squared error).
+                (least Kullback-Leibler divergence), ``"mse"`` (least squared error) or ``"output"`` (by ``least_noise``, given the
+                range of least squared error and the bits; that range where it is not known what the outputs depend on).
             bits: of the codes.
         """
         if observer == "minmax" or self.reach == 0:
@@ -73,7 +77,10 @@ class Histogram:
             return self.average
         if observer == "percentile":
             return self._percentile(0.9999)
-        return self._least_divergence(bits) if observer == "entropy" else self._least_error(bits)
+        if observer == "entropy":
+            return self._least_divergence(bits)
+        least = self._least_error(bits)
+        return self.least_noise(least, bits) if observer == "output" and self.least_noise is not None else least
 
     def _percentile(self, share: float) -> tuple[float, float]:
         cumulative = self.counts.cumsum(0) / self.counts.sum()
@@ -119,7 +126,7 @@ class Histogram:
         for sides in ("both", "high", "low", "high", "low"):
             tried_low = low * fractions if sides in ("both", "low") else low.expand(len(fractions))
             tried_high = high * fractions if sides in ("both", "high") else high.expand(len(fractions))
-            best = int(_squared_error(x_B, n_B, tried_low, tried_high, bits).argmin())
+            best = int((rounding_error(x_B, tried_low, tried_high, bits).square_() @ n_B).argmin())
             low, high = tried_low[best : best + 1], tried_high[best : best + 1]
             fractions = torch.linspace(1.05, 0.7, 36)
             low, high = low.clamp(min=self.low), high.clamp(max=self.high)
@@ -155,11 +162,11 @@ class Channels:
         return (self.squares / self.count - (self.sums / self.count) ** 2).clamp(min=0).float()
 
 
-def _squared_error(x_B: Tensor, n_B: Tensor, low_N: Tensor, high_N: Tensor, bits: int) -> Tensor:
+def rounding_error(x_B: Tensor, low_N: Tensor, high_N: Tensor, bits: int) -> Tensor:
+    """What rounding adds to each value with each range, (N, B)."""
     step_N1 = ((high_N - low_N) / ((1 << bits) - 1)).clamp(min=1e-30)[:, None]
     zero_N1 = (-low_N[:, None] / step_N1).round_()
-    q = torch.div(x_B, step_N1).round_().add_(zero_N1).clamp_(0, (1 << bits) - 1).sub_(zero_N1).mul_(step_N1).sub_(x_B)
-    return q.square_() @ n_B
+    return torch.div(x_B, step_N1).round_().add_(zero_N1).clamp_(0, (1 << bits) - 1).sub_(zero_N1).mul_(step_N1).sub_(x_B)
 
 
 def affine(low: float, high: float, bits: int = 8) -> tuple[float, int]:

@@ -26,6 +26,7 @@ from gossamer.quantization.latency import slower_in_integers
 from gossamer.quantization.observers import Histogram
 from gossamer.quantization.options import Options
 from gossamer.quantization.points import Points, find_points
+from gossamer.quantization.ranges import ranges_by_outputs
 from gossamer.quantization.reconstruction import reconstruct
 from gossamer.quantization.sensitivity import Sensitivity
 from gossamer.quantization.target import Target, resolve
@@ -50,7 +51,7 @@ def quantize(
     group_size: int = 32,
     step: str = "mse",
     granularity: str = "channel",
-    observer: str = "mse",
+    observer: str = "output",
     rounding: str = "nearest",
     equalize: bool = True,
     bias_correction: bool | str = True,
@@ -89,7 +90,8 @@ def quantize(
         group_size: 32, 64 or 128.
         step: steps of weights, ``"mse"`` (least squared rounding error) or ``"minmax"`` (cover the largest magnitude).
         granularity: a step for each output ``"channel"`` or for the whole ``"tensor"``.
-        observer: ranges of activations, ``"mse"``, ``"percentile"`` (99.99% of values), ``"minmax"``, ``"moving_average"`` or ``"entropy"``.
+        observer: ranges of activations, ``"output"`` (least noise of the outputs by their derivatives, as far as samples held back bear it out, else as
+            ``"mse"``), ``"mse"`` (least squared error), ``"percentile"`` (99.99% of values), ``"minmax"``, ``"moving_average"`` or ``"entropy"``.
         rounding: ``"nearest"``; ``"gptq"``, second order, and ``"adaround"``, learned, fit the codes so that each layer gives the float layer's output on what reaches it,
             and below 8 bits the steps too.
         equalize: absorb biases, and rescale channels between layers, where that lowers the noise on samples that the scales have not seen
@@ -166,12 +168,15 @@ def _static(
     activation_bits = options.activation_bits if isinstance(options.activation_bits, int) else 8
     if options.equalize:
         absorbed = absorb_biases(floating, find_wires(floating), observer.channels)
-        rescaled, note = equalize_where_it_helps(floating, points, observer.channels, bits, activation_bits, leaves, options.rounding)
+        tried = options.rounding, options.observer if options.observer == "output" else "mse"
+        rescaled, note = equalize_where_it_helps(floating, points, observer.channels, bits, activation_bits, leaves, *tried)
         notes.append(note)
         if absorbed:
             notes.append(f"biases of {absorbed} layers absorbed by the layers that read them")
         if rescaled or absorbed:
             histograms = observe_again(floating, points.activations, leaves)
+    if options.observer == "output" and activation_bits <= 8:
+        notes.append(ranges_by_outputs(floating, points, histograms, leaves, activation_bits))
     widths = dict.fromkeys(points.activations, activation_bits)
     if options.average_bits is not None or options.activation_bits == "auto":
         bits, widths, more = _choose_bits(floating, points, options, histograms, bits, widths, leaves, progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,12 +11,12 @@ import torch
 from torch import Tensor, fx
 
 from gossamer.quantization.adaround import adaround
-from gossamer.quantization.build import bias_codes, bias_name
-from gossamer.quantization.graph import LINEAR, bias_node, op_name, tensor_at, weight_name, weighted_nodes
+from gossamer.quantization.build import bias_codes, bias_name, clip_range
+from gossamer.quantization.graph import CLIP, LINEAR, bias_node, op_name, tensor_at, weight_name, weighted_nodes
 from gossamer.quantization.moments import geometry
 from gossamer.quantization.ops import limits
 from gossamer.quantization.rounding import damped, descend, fitted_steps, gptq
-from gossamer.quantization.targets import target, watch
+from gossamer.quantization.targets import Clipped, target, watch
 
 ROUNDINGS = ("nearest", "gptq", "adaround")
 Progress = Callable[[int, int], None]
@@ -35,7 +36,8 @@ def reconstruct(
     """Fit codes, steps and biases in place, in execution order, each layer with the ones before it done.
 
     Codes are chosen for the least change of the layer's output on what the quantised network feeds it (`gossamer.quantization.rounding`).
-    Rounded weights and clipped activations also shift a channel's mean, and the next layers amplify it: the bias takes the shift.
+    Rounded weights and clipped activations also shift a channel's mean, and the next layers amplify it: the bias takes the shift. What differs
+    only past a clip, or past the range that the output is rounded in, is no difference.
 
     Args:
         floating: the canonical float graph.
@@ -64,14 +66,17 @@ def reconstruct(
             ours.walk(original)
             theirs.walk(layer)
             name = str(weight_name(original))
-            beside = _error_beside(original, ours, theirs) if rounding != "nearest" else None
+            low, high = seen_range(layer)
+            aim = Clipped(ours.run_node(original), low, high)
+            beside = _error_beside(original, aim.wanted, ours, theirs) if rounding != "nearest" else None
             if rounding != "nearest" and name in bits and calls[name] == 1:
                 x, q = ours.env[original.args[0]], theirs.env[layer.args[0]]  # type: ignore[index]
-                if _refit(floating, quantised, original, name, bits[name], x, q, rounding, beside):
+                if _refit(floating, quantised, original, name, bits[name], x, q, rounding, beside, aim):
                     theirs.again(layer.args[1], layer.args[2] if len(layer.args) > 2 else None)
-            wanted, got = ours.run_node(original), theirs.run_node(layer)
+            wanted, got = aim.wanted, theirs.run_node(layer)
             if bias_correction:
-                shift = channel_mean(layer, wanted if beside is None else wanted + beside) - channel_mean(layer, got)
+                missing = aim.error(wanted if beside is None else wanted + beside, got)
+                shift = borne_out(layer, missing)
                 if shift_bias(quantised, layer, shift):
                     shifts[layer.name] = shift
                     got = got + (shift if op_name(layer) in LINEAR else shift.view(-1, *[1] * (got.dim() - 2)))
@@ -98,6 +103,15 @@ def channel_mean(layer: fx.Node, result: Tensor) -> Tensor:
     if op_name(layer) in LINEAR:
         return result.flatten(0, -2).mean(0) if result.dim() > 1 else result
     return result.movedim(1, 0).flatten(1).mean(1)
+
+
+def borne_out(layer: fx.Node, missing: Tensor) -> Tensor:
+    """Mean of each output channel, less where the halves of the samples give different ones, and 0 where they disagree about the sign."""
+    mean = channel_mean(layer, missing)
+    if missing.dim() < 2 or len(missing) < 2:
+        return mean
+    a, b = channel_mean(layer, missing[::2]), channel_mean(layer, missing[1::2])
+    return mean * (2 * a * b / (a.square() + b.square()).clamp(min=1e-30)).clamp(min=0)
 
 
 class _Walker(fx.Interpreter):
@@ -134,7 +148,26 @@ class _Walker(fx.Interpreter):
                 self.env.update(kept)
 
 
-def _error_beside(layer: fx.Node, ours: _Walker, theirs: _Walker) -> Tensor | None:
+def seen_range(layer: fx.Node) -> tuple[float, float]:
+    """What a layer's output is cut off at, by clips and by the rounding that follows, in a quantised graph; infinite where it is not."""
+    low, high, node = -math.inf, math.inf, layer
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        if op_name(node) in CLIP:
+            ends = clip_range(node)
+            bottom, top = (None, None) if ends is None else ends
+        elif node.target is torch.ops.gossamer.quantize_dequantize.default:
+            module = node.graph.owning_module
+            assert module is not None
+            step, zero = (float(tensor_at(module, str(a.target))) for a in node.args[1:3])  # type: ignore[union-attr]
+            bottom, top = ((int(code) - zero) * step for code in node.args[3:5])  # type: ignore[arg-type]
+        else:
+            break
+        low, high = max(low, -math.inf if bottom is None else bottom), min(high, math.inf if top is None else top)
+    return low, max(low, high)
+
+
+def _error_beside(layer: fx.Node, wanted: Tensor, ours: _Walker, theirs: _Walker) -> Tensor | None:
     """The error of what a layer's output is added to, where that is there already: the layer can make up for it."""
     if len(layer.users) != 1 or op_name(joined := next(iter(layer.users))) != "add" or len(joined.args) != 2 or joined.kwargs:
         return None
@@ -143,8 +176,8 @@ def _error_beside(layer: fx.Node, ours: _Walker, theirs: _Walker) -> Tensor | No
     other, arrived = joined.args[place], twin.args[place] if twin is not None else None
     if other not in ours.env or arrived not in theirs.env or layer.meta["val"].shape != other.meta["val"].shape:  # type: ignore[union-attr]
         return None
-    error: Tensor = ours.env[other] - theirs.env[arrived]  # type: ignore[index]
-    return error
+    seen = Clipped(wanted, *seen_range(twin))  # type: ignore[arg-type]
+    return seen.error(wanted + ours.env[other], wanted + theirs.env[arrived])  # type: ignore[index]
 
 
 def _refit(
@@ -157,6 +190,7 @@ def _refit(
     q: Tensor,
     rounding: str,
     beside: Tensor | None,
+    aim: Clipped,
 ) -> bool:
     """New codes, and below 8 bits new steps, for one weight; False where the layer is not understood."""
     w = tensor_at(floating, name).detach()
@@ -167,7 +201,7 @@ def _refit(
     w_GRK = shape.rows(w)
     s_GR = step.expand(w.shape[0]).reshape(shape.groups, shape.outputs).clone()
     kept_GRK = None if bool(w.all()) else w_GRK != 0  # zeros of a mask stay
-    seen = watch(shape, w_GRK, x, q, beside)
+    seen = watch(shape, w_GRK, x, q, beside, aim if math.isfinite(aim.low) or math.isfinite(aim.high) else None)
     w_GRK, _ = target(w_GRK, seen)
     h_GKK = damped(sum(seen[1:], seen[0]).covariances()[0])
     q_GRK = adaround(w_GRK, h_GKK, s_GR, bits) if rounding == "adaround" else gptq(w_GRK, h_GKK, s_GR, bits, kept_GRK)

@@ -19,7 +19,7 @@ class Sensitivity:
 
     Example:
         >>> from gossamer.trace.capture import capture
-        >>> graph = capture(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU()), (torch.zeros(1, 2),))
+        >>> graph = capture(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Tanh()), (torch.zeros(1, 2),))
         >>> runs = Sensitivity(graph, [torch.ones(3, 2)])
         >>> first = next(n for n in graph.graph.nodes if n.op == "call_function")
         >>> runs.loss(first, lambda value: value), runs.loss(first, lambda value: value + 1) > 0

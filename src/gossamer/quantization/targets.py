@@ -18,6 +18,25 @@ _RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
 
 @dataclass(frozen=True)
+class Clipped:
+    """What a layer should give, and the ends that rounding and clips cut it off at: past them nothing sees a difference.
+
+    Example:
+        >>> clipped = Clipped(torch.tensor([[1.0], [7.0], [9.0]]), 0.0, 6.0)
+        >>> clipped.error(clipped.wanted, torch.tensor([[2.0], [6.5], [5.0]])).flatten().tolist()
+        [-1.0, 0.0, 1.0]
+    """
+
+    wanted: Tensor
+    low: float
+    high: float
+
+    def error(self, wanted: Tensor, got: Tensor) -> Tensor:
+        """What is missing from ``got``, as far as it is seen."""
+        return wanted.clamp(self.low, self.high) - got.clamp(self.low, self.high)
+
+
+@dataclass(frozen=True)
 class Seen:
     """Moments over positions of some samples, in float64: means of the arriving inputs ``q`` and of the output's errors ``e``, and sums of products about
     the means, which are taken part by part: products of float32 values far from zero leave nothing of a small variance.
@@ -58,7 +77,7 @@ class Seen:
         return h_GKK.float(), (error_GRK * varies_GK[:, None]).float()
 
 
-def watch(shape: Geometry, w_GRK: Tensor, x: Tensor, q: Tensor, extra: Tensor | None = None) -> list[Seen]:
+def watch(shape: Geometry, w_GRK: Tensor, x: Tensor, q: Tensor, extra: Tensor | None = None, clipped: Clipped | None = None) -> list[Seen]:
     """What each half of the samples shows; one part where there is one sample. Where there are very many positions, of evenly chosen samples.
 
     Args:
@@ -66,16 +85,20 @@ def watch(shape: Geometry, w_GRK: Tensor, x: Tensor, q: Tensor, extra: Tensor | 
         w_GRK: the float weights.
         x, q: the float input and the one that arrives.
         extra: what else the output should make up for, shaped as the output: the error of what it is added to.
+        clipped: where values past a clip count as the clip's end.
     """
     index = chosen_samples(shape, q)
-    return [_over(shape, w_GRK, x, q, extra, half) for half in (index[::2], index[1::2]) if len(half)]
+    return [_over(shape, w_GRK, x, q, extra, clipped, half) for half in (index[::2], index[1::2]) if len(half)]
 
 
-def _over(shape: Geometry, w_GRK: Tensor, x: Tensor, q: Tensor, extra: Tensor | None, index: Tensor) -> Seen:
+def _over(shape: Geometry, w_GRK: Tensor, x: Tensor, q: Tensor, extra: Tensor | None, clipped: Clipped | None, index: Tensor) -> Seen:
     parts = []
     for part in index.split(shape.at_once(q)) if q.dim() > 1 else [...]:
         q_GKN = shape.columns(q[part])
         e_GRN = w_GRK @ (shape.columns(x[part]) - q_GKN)
+        if clipped is not None:
+            y_GRN = shape.outputs_of(clipped.wanted[part])
+            e_GRN = clipped.error(y_GRN, y_GRN - e_GRN)
         if extra is not None:
             e_GRN = e_GRN + shape.outputs_of(extra[part])
         parts.append(Seen.of(q_GKN, e_GRN))

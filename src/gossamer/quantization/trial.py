@@ -14,6 +14,7 @@ from gossamer.quantization.build import quantized
 from gossamer.quantization.calibration import Observer, observe_again, parts, sample
 from gossamer.quantization.edits import activation_edit, weight_edits
 from gossamer.quantization.equalization import Wire, equalize, find_wires
+from gossamer.quantization.influence import influences
 from gossamer.quantization.observers import Channels
 from gossamer.quantization.points import Points
 from gossamer.quantization.reconstruction import reconstruct
@@ -29,6 +30,7 @@ def equalize_where_it_helps(
     activation_bits: int,
     leaves: list[Any],
     rounding: str = "nearest",
+    observer: str = "mse",
 ) -> tuple[int, str]:
     """Equalise a canonical graph in place with the wires that lower the noise on other samples: none, those without a clip, or all.
 
@@ -43,6 +45,7 @@ def equalize_where_it_helps(
         activation_bits: of the activations.
         leaves: flat inputs, several samples.
         rounding: how weights of fewer than 8 bits are rounded in the trial, biases corrected: to nearest they would drown what scales do in their noise.
+        observer: how ranges of activations are chosen, in the trial as afterwards.
 
     Returns:
         How many wires were rescaled, and a note.
@@ -58,15 +61,15 @@ def equalize_where_it_helps(
     with torch.no_grad():
         wanted = _outputs(floating, second)
         watched = {n for w in wires for n in w.nodes if n in points.activations}
-        observer = Observer(floating, {}, watched)
+        watching = Observer(floating, {}, watched)
         for part in parts(floating, first, _SAMPLES):
-            observer.run(*part, enable_io_processing=False)
+            watching.run(*part, enable_io_processing=False)
         for name, chosen in choices.items():
             copied = copy.deepcopy(floating)
             twins = dict(zip(floating.graph.nodes, copied.graph.nodes, strict=True))
             theirs = [_twin(w, twins) for w in chosen]
-            equalize(copied, theirs, {twins[n]: c for n, c in observer.channels.items()}, bits, activation_bits)
-            noise[name] = _noise(copied, _points(points, twins), bits, activation_bits, first, second, wanted, rounding)
+            equalize(copied, theirs, {twins[n]: c for n, c in watching.channels.items()}, bits, activation_bits)
+            noise[name] = _noise(copied, _points(points, twins), bits, activation_bits, first, second, wanted, rounding, observer)
     best = min(noise, key=noise.__getitem__)
     count = equalize(floating, choices[best], seen, bits, activation_bits)
     tried = ", ".join(f"{k} {v:.3g}" for k, v in noise.items())
@@ -92,10 +95,14 @@ def _noise(
     second: list[Any],
     wanted: list[Tensor],
     rounding: str,
+    observer: str,
 ) -> float:
     """Squared error of the outputs over their mean square."""
     histograms = observe_again(copied, points.activations, first)
-    rounded = {n: activation_edit(name, histograms[n], "mse", activation_bits) for n, name in points.activations.items()}
+    if observer == "output" and activation_bits <= 8:
+        for node, influence in influences(copied, histograms, first).items():
+            histograms[node].least_noise = influence.least
+    rounded = {n: activation_edit(name, histograms[n], observer, activation_bits) for n, name in points.activations.items()}
     edits = [*weight_edits(copied, points, rounded, bits), *rounded.values()]
     network = quantized(copy.deepcopy(copied), edits)
     if rounding != "nearest" and min(bits.values()) < 8:

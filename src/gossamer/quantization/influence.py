@@ -1,0 +1,166 @@
+"""Ranges of activations by what rounding them does to the network's outputs, to first order.
+
+A value that sticks out sets the range where squared errors count alike, even if all that reads it has saturated there. With ``J`` the outputs' derivative by an
+activation and ``e`` its rounding error, the outputs are off by ``J e``; for random signs ``v`` the mean of ``(v' J e)^2`` is ``|J e|^2``, errors that add up
+or cancel included. One backward pass gives ``v' J``, and since ``e`` depends on the value alone, its sums over bins of values tell the noise of any range.
+
+Shapes: S samples, B bins, N candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from gossamer.quantization.calibration import parts
+from gossamer.quantization.graph import value
+from gossamer.quantization.observers import Histogram, rounding_error
+
+BINS = 8192
+_AT_ONCE, _BYTES = 8, 1 << 30  # samples whose derivatives are held at once, and bytes of values, which bound them too
+_ROOM = 1.1  # ranges are judged on the values and on ones that go so much further, as other data may
+_LEAST_SAMPLES = 8
+
+
+class Influence:
+    """``v' J`` of one activation, summed over the entries in each bin of values.
+
+    Example:
+        >>> seen = Influence(0.0, 8.0)
+        >>> x = torch.linspace(0, 1, 999).expand(8, -1).clone(); x[:, 0] = 8.0
+        >>> gradient = torch.ones_like(x); gradient[:, 0] = 0.0  # nothing reads what sticks out
+        >>> seen.update(x, gradient)
+        >>> low, high = seen.least((0.0, 8.0), 4)
+        >>> low, high < 1.5
+        (0.0, True)
+    """
+
+    def __init__(self, low: float, high: float) -> None:
+        self.low, self.high = min(low, 0.0), max(high, 0.0)
+        self.width = max((self.high - self.low) / BINS, 1e-30)
+        self._sums: list[Tensor] = []
+
+    def update(self, x: Tensor, gradient: Tensor) -> None:
+        """Count values and what the outputs' random combination changes with them, both (samples, entries)."""
+        rows = torch.arange(len(x), dtype=torch.int32, device=x.device)[:, None] * BINS
+        place = ((x - self.low) / self.width).clamp_(0, BINS - 1).int().add_(rows)
+        sums = torch.bincount(place.flatten(), gradient.flatten(), minlength=len(x) * BINS)
+        self._sums.append(sums.view(len(x), BINS).bfloat16().cpu())  # two bytes: there are many points
+
+    def sums(self) -> Tensor:
+        """(S, B), samples in the order they came."""
+        return torch.cat(self._sums).float()
+
+    def values(self) -> Tensor:
+        """(B,) a value in each bin, not at the same place in each, which a step could fall in with; 0 where a bin holds it, as many values are."""
+        x_B = self.low + (torch.arange(BINS) + torch.rand(BINS, generator=torch.Generator().manual_seed(0))) * self.width
+        x_B[min(BINS - 1, int(-self.low / self.width))] = 0.0
+        return x_B
+
+    def noise(self, low_N: Tensor, high_N: Tensor, bits: int, sums_SB: Tensor, room: float = 1.0) -> Tensor:
+        """Squared error of the outputs over their mean square with each range, (N,), the values times ``room``."""
+        return (rounding_error(self.values() * room, low_N, high_N, bits) @ sums_SB.T).square_().mean(1)
+
+    def least(self, usual: tuple[float, float], bits: int, kept: slice = slice(None)) -> tuple[float, float]:
+        """The range of least noise, or the usual one, unless each half of the samples bears out that what the other half gives is better.
+
+        Args:
+            usual: the range that is taken without knowing what the outputs depend on.
+            bits: of the codes.
+            kept: samples to go by.
+        """
+        sums_SB = self.sums()[kept]
+        if len(sums_SB) < _LEAST_SAMPLES or not bool(sums_SB.isfinite().all()):
+            return usual
+        halves, found, before = (sums_SB[::2], sums_SB[1::2]), 0.0, 0.0
+        for fitted, other in (halves, halves[::-1]):
+            found += self._judged(*_at(self._search(bits, fitted)), bits, other).item()
+            before += self._judged(*_at(usual), bits, other).item()
+        return self._search(bits, sums_SB) if found < before else usual
+
+    def _judged(self, low_N: Tensor, high_N: Tensor, bits: int, sums_SB: Tensor) -> Tensor:
+        return sum((self.noise(low_N, high_N, bits, sums_SB, room) for room in (1.0, _ROOM)), torch.zeros(()))
+
+    def _search(self, bits: int, sums_SB: Tensor) -> tuple[float, float]:
+        (low, high), fractions = _at((self.low, self.high)), torch.logspace(0, -1.3, 61)
+        one_sided = 0.0 in (self.low, self.high)
+        for sides in ("both", "both") if one_sided else ("both", "high", "low", "high", "low"):
+            lows = low * fractions if sides in ("both", "low") else low.expand(len(fractions))
+            highs = high * fractions if sides in ("both", "high") else high.expand(len(fractions))
+            best = int(self._judged(lows, highs, bits, sums_SB).argmin())
+            low, high = lows[best : best + 1].clamp(min=self.low), highs[best : best + 1].clamp(max=self.high)
+            fractions = torch.linspace(1.2, 0.7, 36)
+        return float(low), float(high)
+
+
+def influences(module: fx.GraphModule, histograms: Mapping[fx.Node, Histogram], leaves: list[Any]) -> dict[fx.Node, Influence]:
+    """Of the activations that have histograms; empty where the network has no derivative, or samples cannot be told apart.
+
+    Args:
+        module: a float graph.
+        histograms: over at least these samples.
+        leaves: flat inputs.
+    """
+    found = {n: Influence(h.low, h.high) for n, h in histograms.items()}
+    if not module.meta["dynamic_batch"]:
+        return {}
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.enable_grad():
+            for part in parts(module, leaves, _at_once(module)):
+                for node, x, gradient in _derivatives(module, found, part, generator):
+                    found[node].update(x, gradient)
+    except (RuntimeError, NotImplementedError):  # no derivative of some operator, or of values in place
+        return {}
+    most = max((len(i._sums) for i in found.values()), default=0)
+    return {n: i for n, i in found.items() if most and len(i._sums) == most}
+
+
+def _derivatives(
+    module: fx.GraphModule, watched: Iterable[fx.Node], leaves: list[Any], generator: torch.Generator
+) -> list[tuple[fx.Node, Tensor, Tensor]]:
+    """Watched nodes, their values, and the derivative of a random combination of the outputs by each, both (samples, entries)."""
+    runner = _Recording(module, set(watched))
+    out, combined = runner.run(*leaves, enable_io_processing=False), list[Tensor]()
+    samples = next(x.shape[0] for x in leaves if isinstance(x, Tensor) and x.dim())
+    for t in pytree.tree_leaves(out):
+        if isinstance(t, Tensor) and t.requires_grad:
+            signs = (torch.randint(0, 2, t.shape, generator=generator) * 2 - 1).to(t)
+            combined.append((t * signs).sum() / (t.detach().square().sum() / samples).sqrt().clamp(min=1e-30))
+    if not combined:
+        return []
+    nodes = list(runner.values)
+    gradients = torch.autograd.grad(sum(combined[1:], combined[0]), [runner.values[n] for n in nodes], allow_unused=True)
+    return [
+        (n, runner.values[n].detach().reshape(samples, -1), g.reshape(samples, -1))
+        for n, g in zip(nodes, gradients, strict=True)
+        if g is not None and g.dim() and g.shape[0] % samples == 0
+    ]
+
+
+class _Recording(fx.Interpreter):
+    """Keeps the values of some nodes, with derivatives from there on."""
+
+    def __init__(self, module: fx.GraphModule, watched: set[fx.Node]) -> None:
+        super().__init__(module)
+        self.watched, self.values = watched, dict[fx.Node, Tensor]()
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n in self.watched:
+            result = self.values[n] = result if result.requires_grad else result.detach().requires_grad_()
+        return result
+
+
+def _at_once(module: fx.GraphModule) -> int:
+    vals = [v for n in module.graph.nodes if n.op == "call_function" and (v := value(n)) is not None]
+    per_sample = sum(v.numel() / max(1, int(v.shape[0])) * v.element_size() for v in vals if v.dim())
+    return int(max(1, min(_AT_ONCE, _BYTES // max(1, 3 * per_sample))))
+
+
+def _at(interval: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    return torch.tensor(interval[:1]), torch.tensor(interval[1:])
