@@ -135,8 +135,8 @@ def test_biases_take_only_means_that_the_halves_of_the_samples_agree_on():
     missing[:, 0] = 0.5  # everywhere
     missing[0, 1] = 8.0  # in one sample
     missing[:, 2] = torch.tensor([1.0, -0.9] * 4)[:, None, None]
-    assert borne_out(layer, missing).tolist() == [0.5, 0.0, 0.0]
-    assert borne_out(layer, missing[:1]).tolist() == [0.5, 8.0, 1.0]
+    assert borne_out(layer, [missing]).tolist() == [0.5, 0.0, 0.0]
+    assert borne_out(layer, [missing[:1]]).tolist() == [0.5, 8.0, 1.0]
 
 
 def test_what_a_layer_is_cut_off_at_is_the_clip_and_the_range_that_follow():

@@ -10,11 +10,15 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from gossamer.errors import UsageError
+from gossamer.quantization.graph import value
 from gossamer.quantization.observers import Channels, Histogram
 from gossamer.sources.batches import count, split
 
 Progress = Callable[[int, int], None]
-_SAMPLE_BYTES = 512 << 20  # the largest single activation where all samples that are kept run at once
+_SAMPLE_BYTES = 512 << 20  # the largest single activation, were all samples that are kept run at once
+_PART_BYTES = (
+    24 << 20
+)  # of the largest activation of samples run at once: allocators ask the system for each larger one anew, 3 times as slow on images
 
 
 class Observer(fx.Interpreter):
@@ -52,8 +56,18 @@ def observe(
     progress: Progress | None = None,
     *,
     by_channel: Iterable[fx.Node] = (),
+    whole: bool = False,
 ) -> tuple[Observer, list[Any]]:
     """Run all calibration batches once; memory does not grow with their number.
+
+    Args:
+        module: a captured graph.
+        watched: names of the nodes whose values are counted.
+        batches: as they were given.
+        example_inputs: tell inputs from targets.
+        progress: called with batches done and all.
+        by_channel: nodes whose channels are looked at one by one.
+        whole: count each batch as one, however large, for what looks at its extremes.
 
     Returns:
         An observer that holds a histogram of each watched node, and flat inputs: leading samples, few enough to be run at once.
@@ -66,14 +80,15 @@ def observe(
     with torch.no_grad():
         for leaves in flat_batches(batches, example_inputs, module):
             try:
-                observer.run(*leaves, enable_io_processing=False)
+                for part in [leaves] if whole else parts(module, leaves):
+                    observer.run(*part, enable_io_processing=False)
+                    if done == 0:
+                        room = max(1, _SAMPLE_BYTES * max(1, _batch_size(part)) // observer.largest)
             except UsageError as e:
                 raise UsageError(str(e).splitlines()[0]) from None  # torch.fx appends where in the graph it was
             except RuntimeError as e:
                 raise UsageError(f"calibration batch {done + 1} does not run through the network: {str(e).splitlines()[0][:160]}") from None
             samples = _batch_size(leaves)
-            if done == 0:
-                room = max(1, _SAMPLE_BYTES * max(1, samples) // observer.largest)
             if room > 0 and (module.meta["dynamic_batch"] or done == 0):
                 kept.append([x[:room] if _is_batched(x, samples) and module.meta["dynamic_batch"] else x for x in leaves])
                 room -= samples
@@ -85,22 +100,33 @@ def observe(
     return observer, _joined(kept)
 
 
-def observe_again(module: fx.GraphModule, watched: Mapping[fx.Node, str], leaves: list[Any], at_once: int = 32) -> dict[fx.Node, Histogram]:
+def observe_again(module: fx.GraphModule, watched: Mapping[fx.Node, str], leaves: list[Any]) -> dict[fx.Node, Histogram]:
     """Histograms over samples that `observe` kept, for a graph whose weights have changed since."""
     observer = Observer(module, watched)
     with torch.no_grad():
-        for part in parts(module, leaves, at_once):
+        for part in parts(module, leaves):
             observer.run(*part, enable_io_processing=False)
     return observer.histograms
 
 
-def parts(module: fx.GraphModule, leaves: list[Any], at_once: int) -> list[list[Any]]:
-    """Kept samples in batches of at most ``at_once``; as they are where the batch size is fixed."""
+def parts(module: fx.GraphModule, leaves: list[Any], most: int = 32) -> list[list[Any]]:
+    """Samples in batches of at most ``most``, and of few enough for their values to be reused by the allocator; as they are where the batch size is fixed."""
     samples = _batch_size(leaves)
-    if not module.meta["dynamic_batch"] or samples <= at_once:
+    if not module.meta["dynamic_batch"]:
         return [leaves]
-    starts = range(0, samples, at_once)
-    return [[x[i : i + at_once] if _is_batched(x, samples) else x for x in leaves] for i in starts]
+    vals = [v for n in module.graph.nodes if (v := value(n)) is not None and n.op not in ("get_attr", "output") and v.dim()]
+    largest = max((v.numel() // max(1, int(v.shape[0])) * v.element_size() for v in vals), default=1)
+    step = max(1, min(most, _PART_BYTES // max(1, largest)))
+    if samples <= step:
+        return [leaves]
+    step = -(-samples // -(-samples // step))  # parts alike
+    return [[x[i : i + step] if _is_batched(x, samples) else x for x in leaves] for i in range(0, samples, step)]
+
+
+def leading(module: fx.GraphModule, leaves: list[Any], most: int) -> list[Any]:
+    """The first kept samples; all where the batch size is fixed."""
+    samples = _batch_size(leaves)
+    return [x[:most] if _is_batched(x, samples) else x for x in leaves] if module.meta["dynamic_batch"] else leaves
 
 
 def sample(module: fx.GraphModule, leaves: list[Any], which: int, most: int) -> list[Any]:

@@ -85,9 +85,9 @@ def geometry(layer: fx.Node, w: Tensor) -> Geometry | None:
     )
 
 
-def chosen_samples(shape: Geometry, x: Tensor) -> Tensor:
-    """Indices of the samples of an input that are looked at: all, or evenly chosen ones where there are very many positions."""
+def chosen_samples(shape: Geometry, x: Tensor, pieces: int = 1) -> Tensor:
+    """Indices of the samples of an input that are looked at: all, or evenly chosen ones where there are very many positions. One of so many pieces alike."""
     per_sample = shape.groups * shape.inputs * shape.positions(x.shape)
     samples = x.shape[0] if x.dim() > 1 else 1
-    used = max(min(samples, _LEAST_SAMPLES), min(samples, _MOST // max(1, per_sample)))
+    used = max(min(samples, -(-_LEAST_SAMPLES // pieces)), min(samples, _MOST // pieces // max(1, per_sample)))
     return torch.linspace(0, samples - 1, used).round().long().unique()

@@ -16,7 +16,7 @@ from gossamer.quantization.absorption import absorb_biases
 from gossamer.quantization.allocation import HARMFUL, activation_losses, allocate, sizes_of, weight_losses
 from gossamer.quantization.bias import correct_analytically
 from gossamer.quantization.build import quantized
-from gossamer.quantization.calibration import Progress, observe, observe_again, parts
+from gossamer.quantization.calibration import Progress, leading, observe, observe_again
 from gossamer.quantization.canonical import canonical, tensors_with_nan
 from gossamer.quantization.dynamic import uncalibrated, with_tables
 from gossamer.quantization.edits import activation_edit, weight_edits, with_steps_of
@@ -163,7 +163,9 @@ def _static(
     names = list(dict.fromkeys(str(weight_name(n)) for n in points.layers))
     bits = {n: min(b, aim.weight_bits) for n, b in options.widths(names).items()}
     between = [n for w in find_wires(floating) if w.frozen is None for n in w.nodes if n in points.activations] if options.equalize else []
-    observer, leaves = observe(floating, points.activations, calibration, example_inputs, progress, by_channel=between)
+    observer, leaves = observe(
+        floating, points.activations, calibration, example_inputs, progress, by_channel=between, whole=options.observer == "moving_average"
+    )
     histograms, notes = observer.histograms, list[str]()
     activation_bits = options.activation_bits if isinstance(options.activation_bits, int) else 8
     if options.equalize:
@@ -222,7 +224,7 @@ def _choose_bits(
     progress: Progress | None,
 ) -> tuple[dict[str, int], dict[fx.Node, int], list[str]]:
     """Bits of weights and activations from what each one alone does to the outputs."""
-    runs, notes = Sensitivity(floating, parts(floating, leaves, _MEASURED_ON)[0]), []
+    runs, notes = Sensitivity(floating, leading(floating, leaves, _MEASURED_ON)), []
     sizes, activation_sizes = sizes_of(floating, points)
     average, activation_average = options.averages
     if average is not None:

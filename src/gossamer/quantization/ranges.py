@@ -59,7 +59,7 @@ def output_noise(module: fx.GraphModule, edits: Mapping[fx.Node, QuantizeActivat
     """Squared error of the outputs over their mean square where activations alone are rounded; summed over outputs."""
     sums: dict[int, list[float]] = {}
     with torch.no_grad():
-        for part in parts(module, leaves, _TRIED_ON):
+        for part in parts(module, leaves):
             wanted, got = (
                 pytree.tree_leaves(r.run(*part, enable_io_processing=False)) for r in (fx.Interpreter(module), _Rounding(module, edits))
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,11 +12,12 @@ from torch import Tensor, fx
 
 from gossamer.quantization.adaround import adaround
 from gossamer.quantization.build import bias_codes, bias_name, clip_range
+from gossamer.quantization.calibration import parts
 from gossamer.quantization.graph import CLIP, LINEAR, bias_node, op_name, tensor_at, weight_name, weighted_nodes
 from gossamer.quantization.moments import geometry
 from gossamer.quantization.ops import limits
 from gossamer.quantization.rounding import damped, descend, fitted_steps, gptq
-from gossamer.quantization.targets import Clipped, target, watch
+from gossamer.quantization.targets import Clipped, joined, target, watch
 
 ROUNDINGS = ("nearest", "gptq", "adaround")
 Progress = Callable[[int, int], None]
@@ -55,7 +56,7 @@ def reconstruct(
     Source:
         Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019, section 4.2, with measured means.
     """
-    ours, theirs = _Walker(floating, leaves), _Walker(quantised, leaves)
+    pieces = [(_Walker(floating, part), _Walker(quantised, part)) for part in parts(floating, leaves)]
     originals = {n.name: n for n in floating.graph.nodes}
     calls = Counter(weight_name(n) for n in weighted_nodes(floating.graph))
     layers = [n for n in weighted_nodes(quantised.graph) if n.name in originals]
@@ -63,25 +64,33 @@ def reconstruct(
     with torch.no_grad():
         for done, layer in enumerate(layers, start=1):
             original = originals[layer.name]
-            ours.walk(original)
-            theirs.walk(layer)
             name = str(weight_name(original))
-            low, high = seen_range(layer)
-            aim = Clipped(ours.run_node(original), low, high)
-            beside = _error_beside(original, aim.wanted, ours, theirs) if rounding != "nearest" else None
-            if rounding != "nearest" and name in bits and calls[name] == 1:
-                x, q = ours.env[original.args[0]], theirs.env[layer.args[0]]  # type: ignore[index]
-                if _refit(floating, quantised, original, name, bits[name], x, q, rounding, beside, aim):
-                    theirs.again(layer.args[1], layer.args[2] if len(layer.args) > 2 else None)
-            wanted, got = aim.wanted, theirs.run_node(layer)
+            ends = seen_range(layer)
+            refit = rounding != "nearest" and name in bits and calls[name] == 1
+            aims, besides = list[Clipped](), list[Tensor | None]()
+            for ours, theirs in pieces:
+                ours.walk(original)
+                theirs.walk(layer)
+                aims.append(Clipped(ours.run_node(original), *ends))
+                besides.append(_error_beside(original, aims[-1].wanted, ours, theirs) if rounding != "nearest" else None)
+            if refit:
+                inputs = [(ours.env[original.args[0]], theirs.env[layer.args[0]]) for ours, theirs in pieces]  # type: ignore[index]
+                if _refit(floating, quantised, original, name, bits[name], inputs, rounding, besides, aims):
+                    for _, theirs in pieces:
+                        theirs.again(layer.args[1], layer.args[2] if len(layer.args) > 2 else None)
+            gots = [theirs.run_node(layer) for _, theirs in pieces]
             if bias_correction:
-                missing = aim.error(wanted if beside is None else wanted + beside, got)
+                missing = [
+                    aim.error(aim.wanted if beside is None else aim.wanted + beside, got)
+                    for aim, beside, got in zip(aims, besides, gots, strict=True)
+                ]
                 shift = borne_out(layer, missing)
                 if shift_bias(quantised, layer, shift):
                     shifts[layer.name] = shift
-                    got = got + (shift if op_name(layer) in LINEAR else shift.view(-1, *[1] * (got.dim() - 2)))
-            ours.finish(original, wanted)
-            theirs.finish(layer, got)
+                    gots = [got + (shift if op_name(layer) in LINEAR else shift.view(-1, *[1] * (got.dim() - 2))) for got in gots]
+            for (ours, theirs), aim, got in zip(pieces, aims, gots, strict=True):
+                ours.finish(original, aim.wanted)
+                theirs.finish(layer, got)
             if progress:
                 progress(done, len(layers))
     return shifts
@@ -105,12 +114,24 @@ def channel_mean(layer: fx.Node, result: Tensor) -> Tensor:
     return result.movedim(1, 0).flatten(1).mean(1)
 
 
-def borne_out(layer: fx.Node, missing: Tensor) -> Tensor:
-    """Mean of each output channel, less where the halves of the samples give different ones, and 0 where they disagree about the sign."""
-    mean = channel_mean(layer, missing)
-    if missing.dim() < 2 or len(missing) < 2:
+def borne_out(layer: fx.Node, missing: Sequence[Tensor]) -> Tensor:
+    """Mean of each output channel, less where the halves of the samples give different ones, and 0 where they disagree about the sign.
+
+    Args:
+        layer: whose outputs they are of.
+        missing: pieces of them, samples first.
+    """
+    sums: list[list[tuple[Tensor, int]]] = [[], []]
+    for i, piece in enumerate(missing):
+        for j, half in enumerate((piece[::2], piece[1::2]) if piece.dim() > 1 else (piece,)):
+            if len(half):
+                sums[(i + j) % 2].append((channel_mean(layer, half) * len(half), len(half)))
+    means = [torch.stack([s for s, _ in found]).sum(0) / sum(n for _, n in found) for found in sums if found]
+    shares = [sum(n for _, n in found) for found in sums if found]
+    mean = sum((m * n for m, n in zip(means, shares, strict=True)), torch.zeros_like(means[0])) / sum(shares)
+    if len(means) < 2:
         return mean
-    a, b = channel_mean(layer, missing[::2]), channel_mean(layer, missing[1::2])
+    a, b = means
     return mean * (2 * a * b / (a.square() + b.square()).clamp(min=1e-30)).clamp(min=0)
 
 
@@ -186,11 +207,10 @@ def _refit(
     layer: fx.Node,
     name: str,
     bits: int,
-    x: Tensor,
-    q: Tensor,
+    inputs: Sequence[tuple[Tensor, Tensor]],
     rounding: str,
-    beside: Tensor | None,
-    aim: Clipped,
+    besides: Sequence[Tensor | None],
+    aims: Sequence[Clipped],
 ) -> bool:
     """New codes, and below 8 bits new steps, for one weight; False where the layer is not understood."""
     w = tensor_at(floating, name).detach()
@@ -201,7 +221,13 @@ def _refit(
     w_GRK = shape.rows(w)
     s_GR = step.expand(w.shape[0]).reshape(shape.groups, shape.outputs).clone()
     kept_GRK = None if bool(w.all()) else w_GRK != 0  # zeros of a mask stay
-    seen = watch(shape, w_GRK, x, q, beside, aim if math.isfinite(aim.low) or math.isfinite(aim.high) else None)
+    cut = math.isfinite(aims[0].low) or math.isfinite(aims[0].high)
+    seen = joined(
+        [
+            watch(shape, w_GRK, x, q, beside, aim if cut else None, len(inputs))
+            for (x, q), beside, aim in zip(inputs, besides, aims, strict=True)
+        ]
+    )
     w_GRK, _ = target(w_GRK, seen)
     h_GKK = damped(sum(seen[1:], seen[0]).covariances()[0])
     q_GRK = adaround(w_GRK, h_GKK, s_GR, bits) if rounding == "adaround" else gptq(w_GRK, h_GKK, s_GR, bits, kept_GRK)

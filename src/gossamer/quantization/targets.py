@@ -5,6 +5,7 @@ Shapes: G groups of a convolution, R outputs of a group, K inputs of one output,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,7 +78,9 @@ class Seen:
         return h_GKK.float(), (error_GRK * varies_GK[:, None]).float()
 
 
-def watch(shape: Geometry, w_GRK: Tensor, x: Tensor, q: Tensor, extra: Tensor | None = None, clipped: Clipped | None = None) -> list[Seen]:
+def watch(
+    shape: Geometry, w_GRK: Tensor, x: Tensor, q: Tensor, extra: Tensor | None = None, clipped: Clipped | None = None, pieces: int = 1
+) -> list[Seen]:
     """What each half of the samples shows; one part where there is one sample. Where there are very many positions, of evenly chosen samples.
 
     Args:
@@ -86,8 +89,9 @@ def watch(shape: Geometry, w_GRK: Tensor, x: Tensor, q: Tensor, extra: Tensor | 
         x, q: the float input and the one that arrives.
         extra: what else the output should make up for, shaped as the output: the error of what it is added to.
         clipped: where values past a clip count as the clip's end.
+        pieces: of so many alike these samples are one.
     """
-    index = chosen_samples(shape, q)
+    index = chosen_samples(shape, q, pieces)
     return [_over(shape, w_GRK, x, q, extra, clipped, half) for half in (index[::2], index[1::2]) if len(half)]
 
 
@@ -103,6 +107,15 @@ def _over(shape: Geometry, w_GRK: Tensor, x: Tensor, q: Tensor, extra: Tensor | 
             e_GRN = e_GRN + shape.outputs_of(extra[part])
         parts.append(Seen.of(q_GKN, e_GRN))
     return sum(parts[1:], parts[0])
+
+
+def joined(pieces: Sequence[Sequence[Seen]]) -> list[Seen]:
+    """The halves that `watch` found in pieces of the samples, as halves of all of them; the first sample of every other piece goes with the second half."""
+    halves: list[list[Seen]] = [[], []]
+    for i, piece in enumerate(pieces):
+        for j, seen in enumerate(piece):
+            halves[(i + j) % 2].append(seen)
+    return [sum(found[1:], found[0]) for found in halves if found]
 
 
 def target(w_GRK: Tensor, seen: list[Seen]) -> tuple[Tensor, float | None]:

@@ -62,7 +62,7 @@ def equalize_where_it_helps(
         wanted = _outputs(floating, second)
         watched = {n for w in wires for n in w.nodes if n in points.activations}
         watching = Observer(floating, {}, watched)
-        for part in parts(floating, first, _SAMPLES):
+        for part in parts(floating, first):
             watching.run(*part, enable_io_processing=False)
         for name, chosen in choices.items():
             copied = copy.deepcopy(floating)
@@ -93,7 +93,7 @@ def _noise(
     activation_bits: int,
     first: list[Any],
     second: list[Any],
-    wanted: list[Tensor],
+    wanted: list[list[Tensor]],
     rounding: str,
     observer: str,
 ) -> float:
@@ -107,10 +107,14 @@ def _noise(
     network = quantized(copy.deepcopy(copied), edits)
     if rounding != "nearest" and min(bits.values()) < 8:
         reconstruct(copied, network, first, bits, rounding=rounding)
-    got = _outputs(network, second)
-    return sum(float((a - b).square().sum() / a.square().sum().clamp(min=1e-30)) for a, b in zip(wanted, got, strict=True))
+    total = 0.0
+    for ours, theirs in zip(wanted, _outputs(network, second), strict=True):
+        error = sum(float((a - b).square().sum()) for a, b in zip(ours, theirs, strict=True))
+        total += error / max(sum(float(a.square().sum()) for a in ours), 1e-30)
+    return total
 
 
-def _outputs(module: fx.GraphModule, leaves: list[Any]) -> list[Tensor]:
-    out = fx.Interpreter(module).run(*leaves, enable_io_processing=False)
-    return [t.float() for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()]
+def _outputs(module: fx.GraphModule, leaves: list[Any]) -> list[list[Tensor]]:
+    """Each output, part by part."""
+    outs = [pytree.tree_leaves(fx.Interpreter(module).run(*part, enable_io_processing=False)) for part in parts(module, leaves)]
+    return [[t.float() for t in same] for same in zip(*outs, strict=True) if isinstance(same[0], Tensor) and same[0].is_floating_point()]
