@@ -143,31 +143,34 @@ def rkd_loss(student: Tensor, teacher: Tensor, *, distance: float = 25.0, angle:
     check_weights(distance=distance, angle=angle)
     _check_batch(student, teacher, 3 if angle else 2)
     a_ND, b_ND = wide(student).flatten(1), wide(teacher.detach()).flatten(1)
-    n = a_ND.shape[0]
+    a_NN, b_NN, n = _distances(a_ND), _distances(b_ND), a_ND.shape[0]
     loss = a_ND.new_zeros(())
     if distance:
-        gap_NN = F.huber_loss(_distances(a_ND), _distances(b_ND), reduction="sum")  # the diagonal is 0 in both
+        gap_NN = F.huber_loss(_relative(a_NN), _relative(b_NN), reduction="sum")  # the diagonal is 0 in both
         loss = loss + distance * gap_NN / (n * (n - 1))
     if angle:
-        gap = F.huber_loss(_cosines(a_ND), _cosines(b_ND), reduction="sum")  # 0 wherever two of the three are one sample
+        gap = F.huber_loss(_cosines(a_NN), _cosines(b_NN), reduction="sum")  # 0 wherever two of the three are one sample
         loss = loss + angle * gap / (n * (n - 1) * (n - 2))
     return loss
 
 
 def _distances(e_ND: Tensor) -> Tensor:
-    """Distances of all pairs, the mean of those of different samples being 1."""
-    squared_NN = (e_ND[:, None] - e_ND[None]).square().sum(2)
-    apart = squared_NN > 0
-    d_NN = torch.where(apart, squared_NN, 1).sqrt() * apart  # the root has no gradient at 0
-    n = e_ND.shape[0]
+    """Distances of all pairs, one pair at a time: differences, (N, N, D), are never held, and near pairs stay exact. No gradient at 0."""
+    return torch.cdist(e_ND, e_ND, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _relative(d_NN: Tensor) -> Tensor:
+    """Distances over the mean of those of different samples."""
+    n = len(d_NN)
     return d_NN / (d_NN.sum() / (n * (n - 1))).clamp_min(1e-12)
 
 
-def _cosines(e_ND: Tensor) -> Tensor:
-    """Cosine of the angle at j between i and k, (N, N, N) as (j, i, k); 0 where i, j and k are not three samples."""
-    edges_NND = F.normalize(e_ND[None] - e_ND[:, None], dim=2)
-    n = e_ND.shape[0]
-    return (edges_NND @ edges_NND.mT) * (1 - torch.eye(n, dtype=e_ND.dtype, device=e_ND.device))
+def _cosines(d_NN: Tensor) -> Tensor:
+    """Cosine of the angle at j between i and k, (N, N, N) as (j, i, k), by the law of cosines; 0 where i, j and k are not three samples."""
+    inverse_NN = torch.where(d_NN > 0, 1 / torch.where(d_NN > 0, d_NN, 1), 0)
+    squared_NN = d_NN.square()
+    twice_NNN = squared_NN[:, :, None] + squared_NN[:, None] - squared_NN[None]
+    return 0.5 * twice_NNN * inverse_NN[:, :, None] * inverse_NN[:, None] * (1 - torch.eye(len(d_NN), dtype=d_NN.dtype, device=d_NN.device))
 
 
 def _check_batch(student: Tensor, teacher: Tensor, least: int) -> None:
