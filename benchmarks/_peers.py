@@ -108,9 +108,12 @@ def _twenties(task: Task) -> tuple[Tensor, ...]:
 class _Fixed(nn.Module):
     """An exported network, which has no eval mode of its own."""
 
-    def __init__(self, exported: nn.Module) -> None:
+    def __init__(self, exported: Any) -> None:
         super().__init__()
         self.run = [exported]
+        weighted = [n for n in exported.graph.nodes if str(n.target).startswith(("aten.conv", "aten.linear", "aten.addmm"))]
+        self.layers = len(weighted)
+        self.rounded = sum(any("dequantize" in str(a.target) for a in n.all_input_nodes[1:]) for n in weighted)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.run[0](x)

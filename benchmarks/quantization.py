@@ -98,7 +98,7 @@ def _row(artefact: Any, task: Task, original: Path, seconds: float) -> str:
     assert found.accuracy is not None
     line = f"{found.accuracy.value:7.2%} {found.agreement or 0:10.1%} {found.sqnr_db or 0:8.1f}"
     if not isinstance(artefact, Path):
-        return f"{line} {'':9} {seconds:6.0f}  in torch, simulated"
+        return f"{line} {'':9} {seconds:6.0f}  in torch, simulated, {artefact.rounded} of {artefact.layers} layers rounded"
     ops = runtime_ops(artefact)
     floats = sum(ops[o] for o in ("Conv", "FusedConv", "Gemm", "MatMul", "NhwcFusedConv"))
     return f"{line} {artefact.stat().st_size:9} {seconds:6.0f}  {sum(ops[o] for o in INTEGER)} and {floats}"
