@@ -39,7 +39,7 @@ bench: setup
 	$(BIN)/python benchmarks/quantization.py
 
 docs: setup
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict
 
 lock: setup
 	$(BIN)/python .ci/lock.py > requirements.lock.new && mv requirements.lock.new requirements.lock

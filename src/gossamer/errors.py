@@ -91,7 +91,7 @@ class PeerLost(GossamerError, RuntimeError):
 def near(name: str, known: Iterable[str], *, most: int = 3) -> str:
     """Near names as the tail of an error message: ``"; did you mean 'conv1' or 'conv2'?"``, or ``""``.
 
-    Example:
+    Examples:
         >>> near("mobilnet", ["mobilenet", "resnet"])
         "; did you mean 'mobilenet'?"
     """

@@ -24,7 +24,7 @@ def l0_project(w: Sequence[Tensor], k: int, *, dim: None = None) -> list[Tensor]
 def l0_project(w: Tensor | Sequence[Tensor], k: int, *, dim: int | None = None) -> Tensor | list[Tensor]:
     """The nearest tensor (Frobenius norm) with at most `k` non-zeros: the k largest magnitudes stay.
 
-    Example:
+    Examples:
         >>> l0_project(torch.tensor([1.0, -3.0, 2.0, 2.0]), 2)
         tensor([ 0., -3.,  2.,  0.])
 
@@ -51,7 +51,7 @@ def l1_project(w: Sequence[Tensor], radius: float, *, dim: None = None) -> list[
 def l1_project(w: Tensor | Sequence[Tensor], radius: float, *, dim: int | None = None) -> Tensor | list[Tensor]:
     """The nearest tensor (Frobenius norm) whose magnitudes sum to at most `radius`: soft thresholding at an exact threshold.
 
-    Example:
+    Examples:
         >>> l1_project(torch.tensor([3.0, -1.0, 0.5]), 2.0)
         tensor([2., -0., 0.])
 
@@ -81,7 +81,7 @@ def l1_project(w: Tensor | Sequence[Tensor], radius: float, *, dim: int | None =
 def nm_project(w: Tensor, n: int, m: int, *, dim: int = 1) -> Tensor:
     """The nearest tensor (Frobenius norm) with at most `n` non-zeros in every `m` consecutive entries along `dim`.
 
-    Example:
+    Examples:
         >>> nm_project(torch.tensor([[1.0, -3.0, 2.0, 0.5]]), 2, 4)
         tensor([[ 0., -3.,  2.,  0.]])
 
@@ -112,7 +112,7 @@ def nm_project(w: Tensor, n: int, m: int, *, dim: int = 1) -> Tensor:
 def block_project(w: Tensor, k: int, block: tuple[int, int]) -> Tensor:
     """The nearest tensor (Frobenius norm) with at most `k` non-zero blocks of the matrix outputs x everything else.
 
-    Example:
+    Examples:
         >>> block_project(torch.tensor([[1.0, 1.0, 0.0, 3.0]]), 1, (1, 2))
         tensor([[0., 0., 0., 3.]])
 
@@ -141,7 +141,7 @@ def block_project(w: Tensor, k: int, block: tuple[int, int]) -> Tensor:
 def largest(a_RN: Tensor, k: int) -> Tensor:
     """Mask of the `k` largest of every row, the lowest index first among equals: selection, not a sort.
 
-    Example:
+    Examples:
         >>> largest(torch.tensor([[3.0, 1.0, 3.0, 2.0]]), 2)
         tensor([[ True, False,  True, False]])
 

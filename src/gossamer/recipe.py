@@ -279,7 +279,7 @@ STEPS: dict[str, type[_Step]] = {s.kind: s for s in (Prune, Factorize, Decouple,
 class Budget(BaseModel):
     """What the artefact may cost: fractions of the original when at most 1, absolute with a unit otherwise.
 
-    Example:
+    Examples:
         >>> Budget.parse("latency=0.5,size=1MB,drop=1%")
         Budget(latency=0.5, size='1MB', macs=None, max_drop=0.01)
 
@@ -338,7 +338,7 @@ SIZE_UNITS = {"B": 1, "kB": 1000, "KB": 1000, "MB": 10**6, "GB": 10**9, "KiB": 2
 def quantity(text: str, units: dict[str, float] | dict[str, int], what: str) -> float:
     """``"5ms"`` as a number in the base unit; ValueError where it is none.
 
-    Example:
+    Examples:
         >>> quantity("1.5MB", SIZE_UNITS, "size")
         1500000.0
     """
@@ -351,7 +351,7 @@ def quantity(text: str, units: dict[str, float] | dict[str, int], what: str) -> 
 class Recipe(BaseModel):
     """A list of steps and, optionally, the budget that the artefact must meet.
 
-    Example:
+    Examples:
         >>> Recipe.parse("steps: [{prune: {macs: 0.7}}, quantize]").steps[1].kind
         'quantize'
     """

@@ -106,7 +106,7 @@ def save_result(result: Result, folder: str | Path) -> Path:
 def load(run_folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     """Rebuild the compressed network of a run folder: the source network, the plan, the saved weights.
 
-    Example:
+    Examples:
         >>> import tempfile, torch, gossamer as gs
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).eval()
         >>> result = gs.prune(net, (torch.randn(3, 4),), ratio=0.5)

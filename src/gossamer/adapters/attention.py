@@ -92,7 +92,7 @@ class FreeMultiheadAttention(nn.MultiheadAttention):
 def adapt_attention(module: nn.MultiheadAttention) -> None:
     """Let a `torch.nn.MultiheadAttention` have any number of heads, in place; its parameters keep their names.
 
-    Example:
+    Examples:
         >>> attention = nn.MultiheadAttention(8, 2, batch_first=True).eval()
         >>> x = torch.ones(1, 3, 8)
         >>> before = attention(x, x, x)[0]

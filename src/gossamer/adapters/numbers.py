@@ -29,7 +29,7 @@ def _walk(value: Any, change: Callable[[Any], Any]) -> Any:
 def numbers_in(args: Any, kwargs: Any) -> list[Any]:
     """Every leaf of a call's arguments that could be a number, in order; None where it is something else.
 
-    Example:
+    Examples:
         >>> numbers_in((None, 2, (3, -1)), {"scale": 0.5})
         [None, 2, 3, -1, 0.5]
     """
@@ -52,7 +52,7 @@ def with_numbers(args: Any, kwargs: Any, ratios: Mapping[int, tuple[float, float
         kwargs: keyword arguments.
         ratios: leaf position (as `numbers_in` counts) -> numerator and denominator; whole numbers stay whole.
 
-    Example:
+    Examples:
         >>> with_numbers((None, 2, 12, 64), {}, {2: (6, 12)})
         ((None, 2, 6, 64), {})
     """

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 class ChannelOrder(nn.Module):
     """Puts channels in another order: one Gather in ONNX. The order belongs to the plan, so that it is no part of the weights.
 
-    Example:
+    Examples:
         >>> ChannelOrder([2, 0, 1], spatial=1)(torch.tensor([[[0.0], [1.0], [2.0]]])).flatten()
         tensor([2., 0., 1.])
 
@@ -40,7 +40,7 @@ class ChannelOrder(nn.Module):
 class ChannelRepeat(nn.Module):
     """All channels, several times over: one Concat in ONNX. Runtimes have fast kernels for one output of each input of a depthwise convolution.
 
-    Example:
+    Examples:
         >>> ChannelRepeat(2, spatial=1)(torch.tensor([[[1.0], [3.0]]])).flatten()
         tensor([1., 3., 1., 3.])
 

@@ -70,7 +70,7 @@ def _rescaled(kind: type[nn.Module]) -> type[nn.Module]:
 def rescale_calls(module: nn.Module, call: str, ordinal: int, ratios: Mapping[int, tuple[float, float]]) -> None:
     """Rescale numbers in the ``ordinal``-th call of one function, each time the module's forward runs.
 
-    Example:
+    Examples:
         >>> import torch
         >>> class Heads(nn.Module):
         ...     def forward(self, x):

@@ -57,7 +57,7 @@ def predicted(
 ) -> dict[str, list[float]]:
     """For each change alone, what ``far`` would be for the network with it, to second order; without layers that no gradient reaches.
 
-    Example:
+    Examples:
         >>> layer = nn.Linear(4, 3)
         >>> far = Divergence(layer, [Batch((torch.randn(2000, 4),), {}, None)])
         >>> change = Change(torch.randn(1, 3, 4) / 10)

@@ -22,7 +22,7 @@ class Divergence:
     Logits, outputs of two dimensions and more than one column, are compared by the Kullback-Leibler divergence of their softmax, in nats a
     sample; all else by squared error, relative to the variance. Several outputs add up.
 
-    Example:
+    Examples:
         >>> import torch
         >>> net = nn.Linear(4, 3)
         >>> far = Divergence(net, [Batch((torch.randn(8, 4),), {}, None)])

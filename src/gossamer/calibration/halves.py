@@ -21,7 +21,7 @@ Apart = tuple[Moments | None] | tuple[Moments | None, Moments | None]
 class Halves:
     """Second moments of layers' inputs over every other batch, read a few layers at a time, and only once where they fit in memory together.
 
-    Example:
+    Examples:
         >>> import torch
         >>> net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
         >>> halves = Halves(net, {"0": net[0], "1": net[1]}, [Batch((torch.randn(8, 4),), {}, None) for _ in range(3)])

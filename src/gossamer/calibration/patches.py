@@ -20,7 +20,7 @@ def patches(module: nn.Linear | _ConvNd, x: Tensor) -> Tensor:
     K runs over input channels, then kernel positions. A transposed convolution is taken as the convolution that it is over its input with zeros
     between the pixels; its kernel then runs backwards.
 
-    Example:
+    Examples:
         >>> conv = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2)
         >>> patches(conv, torch.zeros(2, 4, 8, 8)).shape
         torch.Size([32, 2, 18])

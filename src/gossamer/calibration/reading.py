@@ -20,7 +20,7 @@ HOLD_BYTES = 2**29
 class Batches:
     """Calibration batches taken apart, to be swept over many times.
 
-    Example:
+    Examples:
         >>> reads = []
         >>> class Source:
         ...     def __iter__(self):

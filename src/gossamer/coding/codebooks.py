@@ -104,7 +104,7 @@ def gather(book: Patterns, codes: NDArray[np.integer], where: NDArray[np.int64] 
 def pack(codes: NDArray[np.integer], bits: int) -> list[Bytes]:
     """Codes as byte streams: 16 bits as two planes, 8 as they are, fewer packed from the low bits up.
 
-    Example:
+    Examples:
         >>> pack(np.array([1, 2, 3]), 4)
         [array([33,  3], dtype=uint8)]
     """

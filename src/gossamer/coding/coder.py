@@ -46,7 +46,7 @@ def encode(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Each tensor takes the smallest of several forms: byte planes, or the positions of its non-zero entries with their values, either of
     them as byte planes or as a codebook with codes (Han et al., Deep Compression, 2016). The streams are Huffman-coded by zstandard.
 
-    Example:
+    Examples:
         >>> weight = torch.zeros(64, 64)
         >>> weight[::8] = 0.5
         >>> coded = encode({"weight": weight})
@@ -72,7 +72,7 @@ def encode(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def decode(coded: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Restore a state dict from what `encode` made of it: every tensor bit for bit, with its dtype and shape, in the same order.
 
-    Example:
+    Examples:
         >>> state = {"a": torch.tensor([0.0, -0.0, float("nan")]), "steps": torch.tensor(7), "none": torch.empty(0, 3)}
         >>> back = decode(encode(state))
         >>> [(name, str(t.dtype), tuple(t.shape)) for name, t in back.items()]

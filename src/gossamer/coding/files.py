@@ -20,7 +20,7 @@ FORMAT = "gossamer-coded"
 def save_coded(state: Mapping[str, Tensor], path: str | Path) -> Path:
     """Write a state dict as an entropy-coded safetensors file, atomically.
 
-    Example:
+    Examples:
         >>> import tempfile, torch
         >>> file = save_coded({"weight": torch.zeros(1000, 1000)}, Path(tempfile.mkdtemp()) / "w.safetensors")
         >>> file.stat().st_size < 1000
@@ -45,7 +45,7 @@ def save_coded(state: Mapping[str, Tensor], path: str | Path) -> Path:
 def read_state(path: str | Path) -> dict[str, Tensor]:
     """Read a state dict from a safetensors file, plain or coded.
 
-    Example:
+    Examples:
         >>> import tempfile, torch
         >>> from safetensors.torch import save_file
         >>> file = Path(tempfile.mkdtemp()) / "plain.safetensors"

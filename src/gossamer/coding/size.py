@@ -45,7 +45,7 @@ class Storage:
 def storage(state: Mapping[str, Tensor]) -> Storage:
     """Measure what a state dict takes, raw and coded, beside its entropy bound; it is really coded for that.
 
-    Example:
+    Examples:
         >>> generator = torch.Generator().manual_seed(0)
         >>> weight = torch.randint(0, 4, (512, 512), generator=generator) * (torch.rand(512, 512, generator=generator) < 0.1)
         >>> print(storage({"weight": weight.float()}))

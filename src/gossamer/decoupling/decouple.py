@@ -44,7 +44,7 @@ def decouple(
 ) -> Result:
     """Replace dense convolutions by cheaper kinds of convolution that do nearly the same, and are trained on from there.
 
-    Example:
+    Examples:
         >>> import torch
         >>> net = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1, padding_mode="reflect"))
         >>> result = decouple(net, (torch.zeros(1, 3, 8, 8),), terms=2, ignore=["0"], runtime=None)

@@ -28,7 +28,7 @@ def separable(w: Tensor, terms: int, c_GKK: Tensor | None = None) -> tuple[Tenso
     Without data that is the SVD of each channel's ``(outs, positions)`` matrix, so that all terms are exact. With data each channel's kernels are
     chosen in its whitened inputs; then pointwise weights and kernels are fitted in turn, all channels together.
 
-    Example:
+    Examples:
         >>> w = torch.randn(1, 8, 3, 3, 3, dtype=torch.float64)
         >>> d_GITt, p_GOIT = separable(w, 8)
         >>> d_GITt.shape, p_GOIT.shape, bool(torch.dist(product_of_terms(d_GITt, p_GOIT), w.flatten(3)) < 1e-6)

@@ -53,7 +53,7 @@ def decouple_layer(
 ) -> nn.Sequential:
     """A convolution as depthwise-separable terms, as a grouped convolution between two orders of channels, or as a bottleneck.
 
-    Example:
+    Examples:
         >>> decouple_layer(nn.Conv2d(8, 12, 3, stride=2, padding=1), sizes=(2,))
         Sequential(
           (0): ChannelRepeat(2 times)

@@ -28,7 +28,7 @@ Sizes = tuple[int, ...]
 def parts_of(form: str, d: Dims, sizes: Sizes) -> list[Factor]:
     """The convolutions of a form, in the order in which they run.
 
-    Example:
+    Examples:
         >>> d = Dims(1, 64, 32, (3, 3))
         >>> [f.shape for f in parts_of("depthwise_separable", d, (2,))], [f.shape for f in parts_of("grouped", d, (4,))]
         ([(64, 1, 1, 3, 3), (1, 64, 64, 1, 1)], [(4, 16, 8, 3, 3)])
@@ -60,7 +60,7 @@ def repeats(form: str, d: Dims, sizes: Sizes) -> bool:
 def unfit(form: str, d: Dims, sizes: Sizes) -> str | None:
     """Why a form of these sizes cannot stand in for a convolution; None where it can.
 
-    Example:
+    Examples:
         >>> unfit("grouped", Dims(1, 64, 3, (3, 3)), (2,))
         '2 groups do not divide its channels'
     """
@@ -82,7 +82,7 @@ def most_terms(d: Dims) -> int:
 def sizes_of(form: str, d: Dims) -> list[Sizes]:
     """Sizes that a budget chooses from, descending by cost; some may save nothing.
 
-    Example:
+    Examples:
         >>> sizes_of("grouped", Dims(1, 12, 18, (3, 3))), sizes_of("depthwise_separable", Dims(1, 3, 18, (3, 3)))
         ([(2,), (3,), (6,)], [(3,), (2,), (1,)])
     """
@@ -123,7 +123,7 @@ def skeleton(
 ) -> nn.Sequential:
     """The modules that stand in for a convolution, weights zero, in its mode, dtype and (unless named) device.
 
-    Example:
+    Examples:
         >>> skeleton(nn.Conv2d(4, 6, 3, stride=2), "grouped", (2,), inputs=(0, 2, 1, 3), bias=True)
         Sequential(
           (0): ChannelOrder(4 channels)
@@ -188,7 +188,7 @@ def convolutions(module: nn.Sequential) -> list[_ConvNd]:
 def cost(layer: _ConvNd, form: str, sizes: Sizes, shapes: Sequence[Sequence[int]]) -> tuple[int, int]:
     """MACs of calls on inputs of some shapes, and elements of the weights.
 
-    Example:
+    Examples:
         >>> cost(nn.Conv2d(8, 8, 3, padding=1), "depthwise_separable", (1,), [(1, 8, 4, 4)])
         (2176, 136)
     """

@@ -19,7 +19,7 @@ def part(energy: Matrix, groups: int, *, seed: int = 0) -> tuple[list[int], list
     Inputs are assigned to groups at the outputs' groups, then outputs at the inputs', each time exactly; from the singular vectors of the scaled
     matrix, from the order as it is, and from random groups. The best end is taken.
 
-    Example:
+    Examples:
         >>> part(np.array([[0.0, 1, 0, 1], [1, 0, 1, 0], [0, 2, 0, 2], [2, 0, 2, 0]]), 2)
         ([1, 3, 0, 2], [0, 2, 1, 3])
 
@@ -64,7 +64,7 @@ def _alternated(energy: Matrix, by_output: Groups, groups: int) -> tuple[Groups,
 def assign(scores: Matrix) -> tuple[Groups, float]:
     """The group of each channel, all of one size, with the largest sum of scores ``(channels, groups)``, and that sum.
 
-    Example:
+    Examples:
         >>> assign(np.array([[3.0, 0.0], [2.0, 1.0]]))
         (array([0, 1]), 4.0)
     """

@@ -117,7 +117,7 @@ class TeacherCache:
 def keys_of(batch: Batch) -> list[bytes]:
     """A hash of each sample's inputs.
 
-    Example:
+    Examples:
         >>> keys = keys_of(Batch((torch.tensor([[1.0], [2.0], [1.0]]),), {}, None))
         >>> keys[0] == keys[2], keys[0] == keys[1]
         (True, False)

@@ -61,7 +61,7 @@ def distill(
 ) -> FitResult | Result:
     """Train a copy of the student on labels and on the teacher's outputs, and on its features where named.
 
-    Example:
+    Examples:
         >>> import torch
         >>> x = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
         >>> teacher, student = nn.Linear(4, 3), nn.Linear(4, 3)

@@ -26,7 +26,7 @@ from gossamer.training.objectives import check_labels, logits_of
 class Distillation:
     """A loss of distillation as an objective for `gossamer.fit`. Teachers are copies, in eval mode for good, and get no gradients.
 
-    Example:
+    Examples:
         >>> teacher, student = nn.Linear(4, 3), nn.Linear(4, 3)
         >>> objective = Distillation(teacher, alpha=1.0)
         >>> objective(student, Batch((torch.zeros(2, 4),), {}, None)).requires_grad

@@ -14,7 +14,7 @@ from gossamer.errors import UsageError
 class Linear:
     """From ``start`` to ``end`` in a straight line over the first ``until`` of the training, then constant.
 
-    Example:
+    Examples:
         >>> [Linear(4.0, 1.0, until=0.5)(p) for p in (0.0, 0.25, 0.5, 1.0)]
         [4.0, 2.5, 1.0, 1.0]
     """
@@ -34,7 +34,7 @@ class Linear:
 class Cosine:
     """From ``start`` to ``end`` along half a cosine over the first ``until`` of the training, then constant.
 
-    Example:
+    Examples:
         >>> [round(Cosine(1.0, 0.0)(p), 3) for p in (0.0, 0.5, 1.0)]
         [1.0, 0.5, 0.0]
     """
@@ -57,7 +57,7 @@ Scheduled = float | Callable[[float], float]
 def value_at(value: Any, done: float) -> Any:
     """A schedule's value where ``done`` of the training is done; anything else as it is.
 
-    Example:
+    Examples:
         >>> value_at(Linear(0.0, 1.0), 0.25), value_at(3.0, 0.25)
         (0.25, 3.0)
     """

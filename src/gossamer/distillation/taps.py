@@ -23,7 +23,7 @@ from gossamer.sources.batches import outputs
 class FeatureTaps(AbstractContextManager["FeatureTaps"]):
     """Reads the outputs of modules while the network runs inside ``with``; the hooks are gone afterwards, also after an exception.
 
-    Example:
+    Examples:
         >>> import torch
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> with FeatureTaps(net, ["1"]) as taps:
@@ -122,7 +122,7 @@ class Feature:
 class Adapter(nn.Module):
     """Makes features comparable: a learned map between channels where they differ, mean pooling to the coarser positions.
 
-    Example:
+    Examples:
         >>> import torch
         >>> adapter = Adapter((2, 8, 4, 4), (2, 16, 2, 2), matches="shape")
         >>> [tuple(x.shape) for x in adapter(torch.zeros(2, 8, 4, 4), torch.zeros(2, 16, 2, 2))]
@@ -174,7 +174,7 @@ def _pool(x: Tensor, positions: list[int]) -> Tensor:
 def as_features(given: Any) -> tuple[Feature, ...]:
     """Features from names, a dict of names, `Feature` objects, or a mix of them.
 
-    Example:
+    Examples:
         >>> [(f.student, f.teacher) for f in as_features({"stage1": "layer1"})], as_features(["stem"])[0].teacher
         ([('stage1', 'layer1')], 'stem')
 

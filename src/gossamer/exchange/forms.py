@@ -65,7 +65,7 @@ class Factor:
 def dims(layer: Layer) -> Dims:
     """Sizes of a layer's weight.
 
-    Example:
+    Examples:
         >>> dims(nn.Conv2d(8, 6, (3, 1), groups=2))
         Dims(groups=2, outs=3, ins=4, kernel=(3, 1))
     """
@@ -94,7 +94,7 @@ def put(layer: Layer, weight_GOIk: Tensor) -> None:
 def row(layer: Layer, parts: Sequence[Factor], *, bias: bool, device: Any = None) -> nn.Sequential:
     """The modules of some factors in a row, weights zero, in the layer's mode, dtype and (unless named) device.
 
-    Example:
+    Examples:
         >>> conv = nn.Conv2d(4, 6, 3, stride=2, padding=1)
         >>> row(conv, [Factor(4, 2, 1, (0, 1), (3, 3)), Factor(1, 6, 8, (), (1, 1))], bias=True)
         Sequential(

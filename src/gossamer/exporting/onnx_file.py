@@ -84,7 +84,7 @@ def export(
 ) -> Export:
     """Write a network as one file, run it in the runtime it is for and compare it with the torch network.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
         >>> folder = tempfile.TemporaryDirectory()
         >>> file = export(net, f"{folder.name}/net.onnx", example_inputs=(torch.ones(1, 4),))

@@ -57,7 +57,7 @@ def pack_weights(model: ModelProto) -> dict[str, int]:
 def planes(codes: np.ndarray, bits: int) -> list[tuple[int, np.ndarray]]:
     """Codes of ``bits`` bits, 0 or more, as (width, bytes) from the highest bits down; each byte holds the first code in its lowest bits.
 
-    Example:
+    Examples:
         >>> [(width, packed.tolist()) for width, packed in planes(np.array([7, 1, 4]), 3)]
         [(2, [35]), (1, [3])]
     """

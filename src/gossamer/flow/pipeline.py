@@ -50,7 +50,7 @@ def compress(
 ) -> Result:
     """Compress a trained network, export it, and measure the artefact against the original in ONNX Runtime.
 
-    Example:
+    Examples:
         >>> import torch, gossamer as gs
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(288, 3))
         >>> batches = [(torch.randn(16, 1, 8, 8), torch.randint(0, 3, (16,))) for _ in range(4)]

@@ -36,7 +36,7 @@ def qat(
 ) -> Result:
     """Train a network with its weights and activations rounded, so that it is better than one that is only calibrated.
 
-    Example:
+    Examples:
         >>> x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
         >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
         >>> result = qat(net, [(x, (x[:, 0] > 0).long())] * 10, weight_bits=2, epochs=2, lr=0.01)

@@ -67,7 +67,7 @@ def cp_als(
 ) -> CPFit:
     """Decompose a tensor into ``rank`` rank-one terms.
 
-    Example:
+    Examples:
         >>> a, b, c = (torch.randn(1, n, 2, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in (6, 5, 4))
         >>> fit = cp_als(torch.einsum("gar,gbr,gcr->gabc", a, b, c), 2, ridge=0)
         >>> fit.error < 1e-2, [tuple(f.shape) for f in fit.factors]

@@ -26,7 +26,7 @@ EPSILON = 1e-10
 def svd(w: Tensor, rank: int, c_GKK: Tensor | None = None) -> list[Tensor]:
     """The weight as two factors, a convolution with its kernel and a pointwise one.
 
-    Example:
+    Examples:
         >>> w = torch.randn(1, 8, 3, 3, 3, dtype=torch.float64)
         >>> first, last = svd(w, 8)
         >>> first.shape, last.shape, bool(torch.dist(torch.einsum("grixy,gor->goixy", first, last[..., 0, 0]), w) < 1e-10)
@@ -109,7 +109,7 @@ def hooi(x_GOIt: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
 def refit(missing_GOK: Tensor, last_GOF: Tensor, cf_GKF: Tensor, normal_GFF: Tensor) -> Tensor:
     """Least squares for the last factor: outputs from features that are linear in the inputs, ``F^T x``.
 
-    Example:
+    Examples:
         >>> w, c, f = torch.tensor([[[1.0, 1.0]]]), torch.tensor([[[1.0, 0.5], [0.5, 1.0]]]), torch.tensor([[[1.0], [0.0]]])
         >>> refit(w, torch.zeros(1, 1, 1), c @ f, f.mT @ c @ f)
         tensor([[[1.5000]]])

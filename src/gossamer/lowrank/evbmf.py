@@ -17,7 +17,7 @@ def evbmf_rank(matrix: Tensor) -> int:
 
     It finds the rank of synthetic data; on trained weights, whose small singular values are no noise, it is far off.
 
-    Example:
+    Examples:
         >>> g = torch.Generator().manual_seed(0)
         >>> low = torch.randn(60, 4, generator=g) @ torch.randn(4, 80, generator=g)
         >>> evbmf_rank(low + 0.5 * torch.randn(60, 80, generator=g))

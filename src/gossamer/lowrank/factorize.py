@@ -52,7 +52,7 @@ def factorize(
 
     Dense k x k convolutions and large linear layers have low rank to give; the pointwise layers of compact networks have little.
 
-    Example:
+    Examples:
         >>> import torch
         >>> net = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.Flatten(), nn.Linear(1024, 10))
         >>> result = factorize(net, (torch.zeros(1, 3, 4, 4),), method="spatial_svd", rank={"2": 16}, runtime=None)

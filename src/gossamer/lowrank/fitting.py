@@ -39,7 +39,7 @@ def factorize_layer(
 ) -> nn.Sequential:
     """A linear layer or convolution as a sequence of smaller ones; at full rank it computes the same.
 
-    Example:
+    Examples:
         >>> conv = nn.Conv2d(8, 12, 3, stride=2, padding=1)
         >>> factorize_layer(conv, method="tucker2", ranks=(4, 6))
         Sequential(

@@ -95,7 +95,7 @@ def largest(site: Site, method: str, full: Ranks, macs: float, unit: int | None)
 def at(full: Ranks, fraction: float, unit: int | None) -> Ranks:
     """Ranks at a fraction of the full ones, rounded down to multiples; at least one multiple.
 
-    Example:
+    Examples:
         >>> at((64, 100), 0.5, None), at((16,), 0.4, None), at((64,), 0.5, 5)
         ((32, 48), (6,), (30,))
     """

@@ -23,7 +23,7 @@ def takes(method: str, d: Dims) -> bool:
 def full_ranks(method: str, d: Dims) -> Ranks:
     """Ranks at which a method is exact for every weight: one, or two for Tucker-2 (of the inputs, of the outputs).
 
-    Example:
+    Examples:
         >>> d = Dims(1, 64, 32, (3, 3))
         >>> [full_ranks(m, d) for m in METHODS]
         [(64,), (96,), (32, 64), (288,)]
@@ -42,7 +42,7 @@ def full_ranks(method: str, d: Dims) -> Ranks:
 def factors_of(method: str, d: Dims, ranks: Ranks) -> list[Factor]:
     """The layers of a factorised one, in the order in which they run.
 
-    Example:
+    Examples:
         >>> [f.shape for f in factors_of("tucker2", Dims(1, 64, 32, (3, 3)), (8, 16))]
         [(1, 8, 32, 1, 1), (1, 16, 8, 3, 3), (1, 64, 16, 1, 1)]
     """
@@ -79,7 +79,7 @@ def check_ranks(method: str, d: Dims, ranks: Ranks, where: str) -> None:
 def skeleton(layer: Layer, method: str, ranks: Ranks, *, bias: bool, device: Any = None) -> nn.Sequential:
     """The modules of a factorised layer, weights zero, in the layer's mode, dtype and (unless named) device.
 
-    Example:
+    Examples:
         >>> skeleton(nn.Conv2d(4, 6, 3, stride=2, padding=1), "spatial_svd", (5,), bias=True)
         Sequential(
           (0): Conv2d(4, 5, kernel_size=(3, 1), stride=(2, 1), padding=(1, 0), bias=False)
@@ -92,7 +92,7 @@ def skeleton(layer: Layer, method: str, ranks: Ranks, *, bias: bool, device: Any
 def positions(layer: Layer, method: str, shape: Sequence[int]) -> list[int]:
     """How often each factor's weight is used on an input of some shape: MACs are that times its elements, whatever the ranks.
 
-    Example:
+    Examples:
         >>> positions(nn.Conv2d(4, 6, 3, stride=2, padding=1), "spatial_svd", (1, 4, 8, 8))
         [32, 16]
     """

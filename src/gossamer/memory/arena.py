@@ -43,7 +43,7 @@ class Placement:
 def place(lives: Sequence[Life], bound: int, *, seed: int = 0) -> Placement:
     """Give every life an address.
 
-    Example:
+    Examples:
         >>> lives = [Life("a", (0,), 128, 0, 1), Life("b", (1,), 64, 1, 2), Life("c", (2,), 128, 2, 3)]
         >>> place(lives, 192)
         Placement(offsets=(0, 128, 0), size=192, optimal=True, method='greedy')

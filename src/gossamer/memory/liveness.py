@@ -31,7 +31,7 @@ class Life:
 def aligned(size: int, alignment: int) -> int:
     """A size rounded up to a multiple of the alignment.
 
-    Example:
+    Examples:
         >>> aligned(100, 64), aligned(128, 64)
         (128, 128)
     """
@@ -118,7 +118,7 @@ def takes(step: Step, sizes: Mapping[int, int], first: Mapping[int, int], now: i
 def peak(found: Sequence[Life], steps: int) -> int:
     """The largest sum of sizes that live together: no arena in this order can be smaller.
 
-    Example:
+    Examples:
         >>> peak([Life("a", (0,), 64, -1, 1), Life("b", (1,), 128, 0, 2), Life("c", (2,), 64, 2, 3)], 3)
         192
     """

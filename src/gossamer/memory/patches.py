@@ -49,7 +49,7 @@ class Patching:
 def parse_patches(patches: str | tuple[int, int] | None) -> str | tuple[int, int] | None:
     """``"auto"``, ``"4x4"`` or ``(4, 4)``.
 
-    Example:
+    Examples:
         >>> parse_patches("3x4"), parse_patches("auto")
         ((3, 4), 'auto')
     """
@@ -65,7 +65,7 @@ def parse_patches(patches: str | tuple[int, int] | None) -> str | tuple[int, int
 def parse_bytes(budget: int | str | None) -> int | None:
     """Bytes of ``"1.5MB"`` or a number.
 
-    Example:
+    Examples:
         >>> parse_bytes("1.5MB"), parse_bytes("100"), parse_bytes(100)
         (1500000, 100, 100)
     """

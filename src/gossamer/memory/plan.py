@@ -75,7 +75,7 @@ class MemoryPlan:
     def compile(self) -> ArenaModule:
         """A module that computes what the network does, inside one preallocated buffer.
 
-        Example:
+        Examples:
             >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)).eval()
             >>> x = torch.rand(1, 3, 16, 16)
             >>> small = plan_memory(net, (x,)).compile()
@@ -173,7 +173,7 @@ def plan_memory(
     Batch norm is folded, views take nothing, a residual is added where it lies, what a concatenation reads is made in its slice.
     With ``patches`` the first stage runs patch by patch, each with the border of pixels that its convolutions look at.
 
-    Example:
+    Examples:
         >>> import gossamer as gs
         >>> net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 4, 1)).eval()
         >>> plan = gs.plan_memory(net, (torch.zeros(1, 3, 32, 32),))

@@ -50,7 +50,7 @@ class DenseNet(nn.Module):
 def densenet121(*, num_classes: int = 1000, in_channels: int = 3, width_mult: float = 1.0, small: bool = False) -> nn.Module:
     """DenseNet-BC of 121 layers with random weights; its state dict has torchvision's names and shapes.
 
-    Example:
+    Examples:
         >>> sum(p.numel() for p in densenet121().parameters())
         7978856
 
@@ -76,7 +76,7 @@ def densenet121(*, num_classes: int = 1000, in_channels: int = 3, width_mult: fl
 def densenet_bc100(*, num_classes: int = 10, in_channels: int = 3, width_mult: float = 1.0, small: bool = True) -> nn.Module:
     """DenseNet-BC of 100 layers and growth rate 12, for images of 32x32, with random weights.
 
-    Example:
+    Examples:
         >>> sum(p.numel() for p in densenet_bc100().parameters())
         769162
 

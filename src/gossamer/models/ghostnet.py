@@ -61,7 +61,7 @@ def ghostnet(
 ) -> nn.Module:
     """GhostNet with random weights.
 
-    Example:
+    Examples:
         >>> sum(p.numel() for p in ghostnet().parameters())
         5182508
 

@@ -80,7 +80,7 @@ def mobilenet_v1(
 ) -> nn.Module:
     """MobileNetV1 with random weights: a convolution, then 13 depthwise separable blocks.
 
-    Example:
+    Examples:
         >>> sum(p.numel() for p in mobilenet_v1().parameters())
         4231976
 
@@ -109,7 +109,7 @@ def mobilenet_v2(
 ) -> nn.Module:
     """MobileNetV2 with random weights; its state dict has torchvision's names and shapes.
 
-    Example:
+    Examples:
         >>> sum(p.numel() for p in mobilenet_v2().parameters())
         3504872
 

@@ -98,7 +98,7 @@ def mobilenet_v3_large(
 ) -> nn.Module:
     """MobileNetV3-Large with random weights; its state dict has torchvision's names and shapes.
 
-    Example:
+    Examples:
         >>> sum(p.numel() for p in mobilenet_v3_large().parameters())
         5483032
 
@@ -127,7 +127,7 @@ def mobilenet_v3_small(
 ) -> nn.Module:
     """MobileNetV3-Small with random weights; its state dict has torchvision's names and shapes.
 
-    Example:
+    Examples:
         >>> sum(p.numel() for p in mobilenet_v3_small().parameters())
         2542856
 

@@ -12,7 +12,7 @@ from gossamer.errors import SourceError
 def check(name: str, *, num_classes: int, in_channels: int, width_mult: float, dropout: float | None = None) -> None:
     """SourceError where an argument of a network is outside its range.
 
-    Example:
+    Examples:
         >>> check("resnet18", num_classes=10, in_channels=3, width_mult=0.5)
 
     Args:

@@ -40,7 +40,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 def input_side(name: str, **options: Any) -> int:
     """Height and width of the images that one of gossamer's own networks is made for: 32 with a small-image stem, else 224.
 
-    Example:
+    Examples:
         >>> input_side("resnet18"), input_side("resnet18", small=True), input_side("resnet8")
         (224, 32, 32)
     """
@@ -50,7 +50,7 @@ def input_side(name: str, **options: Any) -> int:
 def build(name: str, **options: Any) -> nn.Module:
     """Build one of gossamer's own networks.
 
-    Example:
+    Examples:
         >>> build("resnet8", width=8, in_channels=1).head
         Linear(in_features=32, out_features=10, bias=True)
 

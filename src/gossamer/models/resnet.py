@@ -54,7 +54,7 @@ class ResNet(nn.Module):
 def resnet18(*, num_classes: int = 1000, in_channels: int = 3, width_mult: float = 1.0, small: bool = False) -> nn.Module:
     """ResNet-18 with random weights; its state dict has torchvision's names and shapes.
 
-    Example:
+    Examples:
         >>> sum(p.numel() for p in resnet18().parameters())
         11689512
 
@@ -79,7 +79,7 @@ def resnet18(*, num_classes: int = 1000, in_channels: int = 3, width_mult: float
 def resnet34(*, num_classes: int = 1000, in_channels: int = 3, width_mult: float = 1.0, small: bool = False) -> nn.Module:
     """ResNet-34 with random weights; its state dict has torchvision's names and shapes. Arguments as of `resnet18`.
 
-    Example:
+    Examples:
         >>> sum(p.numel() for p in resnet34().parameters())
         21797672
 
@@ -93,7 +93,7 @@ def resnet50(*, num_classes: int = 1000, in_channels: int = 3, width_mult: float
     """ResNet-50 with random weights, strides on the 3x3 convolutions; its state dict has torchvision's names and shapes. Arguments as of
     `resnet18`.
 
-    Example:
+    Examples:
         >>> sum(p.numel() for p in resnet50().parameters())
         25557032
 
@@ -137,7 +137,7 @@ class SmallResNet(nn.Module):
 def resnet8(*, num_classes: int = 10, in_channels: int = 3, width: int = 16, width_mult: float = 1.0, small: bool = True) -> nn.Module:
     """A residual network of eight weighted layers in a row: stem, three blocks of two (widths w, 2w, 4w; strides 1, 2, 2), linear head.
 
-    Example:
+    Examples:
         >>> import torch
         >>> resnet8(in_channels=1)(torch.zeros(2, 1, 8, 8)).shape
         torch.Size([2, 10])
@@ -166,7 +166,7 @@ def resnet8(*, num_classes: int = 10, in_channels: int = 3, width: int = 16, wid
 def resnet20(*, num_classes: int = 10, in_channels: int = 3, width_mult: float = 1.0, small: bool = True) -> nn.Module:
     """A residual network of twenty layers: stem, three stages of three blocks (widths 16, 32, 64), linear head; 1x1 shortcuts where widths grow.
 
-    Example:
+    Examples:
         >>> sum(p.numel() for p in resnet20().parameters())
         272474
 

@@ -55,7 +55,7 @@ def _scaled(width_mult: float) -> tuple[int, int, int, int]:
 def shufflenet_v2(*, num_classes: int = 1000, in_channels: int = 3, width_mult: float = 1.0, small: bool = False) -> nn.Module:
     """ShuffleNetV2 with random weights; at the four published widths its state dict has torchvision's names and shapes.
 
-    Example:
+    Examples:
         >>> sum(p.numel() for p in shufflenet_v2().parameters())
         2278604
 

@@ -64,7 +64,7 @@ def squeezenet1_0(
 ) -> nn.Module:
     """SqueezeNet 1.0 with random weights; its state dict has torchvision's names and shapes.
 
-    Example:
+    Examples:
         >>> sum(p.numel() for p in squeezenet1_0().parameters())
         1248424
 
@@ -95,7 +95,7 @@ def squeezenet1_1(
 ) -> nn.Module:
     """SqueezeNet 1.1 with random weights: a smaller stem, earlier pooling; its state dict has torchvision's names and shapes.
 
-    Example:
+    Examples:
         >>> sum(p.numel() for p in squeezenet1_1().parameters())
         1235496
 

@@ -18,7 +18,7 @@ HOW = "torchrun --nproc-per-node {n} -m gossamer train ..."
 class Parallel:
     """How a training is split over processes. The product of the three degrees is the number of processes.
 
-    Example:
+    Examples:
         >>> Parallel(data=2, shard=True).world
         2
 
@@ -68,7 +68,7 @@ class Parallel:
     def parse(cls, text: str, world: int | None = None) -> Parallel:
         """Read what the command line gives.
 
-        Example:
+        Examples:
             >>> Parallel.parse("ddp,2+tp", world=4)
             Parallel(data=2, tensor=2, pipeline=1, shard=False, schedule='1f1b', microbatches=None, timeout_s=45.0)
 

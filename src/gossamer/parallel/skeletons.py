@@ -16,7 +16,7 @@ from gossamer.training.checkpoint import Parts
 def skeleton_of(model: nn.Module, device: str | torch.device = "meta") -> nn.Module:
     """A copy of a network whose state dict holds nothing yet; tied tensors stay tied, and buffers that no state dict has keep their values.
 
-    Example:
+    Examples:
         >>> one, two = nn.Linear(2, 2), nn.Linear(2, 2)
         >>> two.weight = one.weight
         >>> made = skeleton_of(nn.Sequential(one, two))

@@ -41,7 +41,7 @@ _SIZES = {"depthwise_separable": "terms", "grouped": "groups", "bottleneck": "wi
 class Plan(BaseModel):
     """A list of edits from a source network to a compressed one.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
         >>> plan = Plan(edits=(Keep(tensor="0.weight", dim=0, index=(0, 2)), Keep(tensor="0.bias", dim=0, index=(0, 2)),
@@ -179,7 +179,7 @@ class Plan(BaseModel):
 def input_specs(example_inputs: Any) -> tuple[InputSpec, ...]:
     """Shapes and dtypes of example inputs (a tuple, or a dict of keyword inputs); anything but tensors is left out.
 
-    Example:
+    Examples:
         >>> input_specs((torch.zeros(1, 3),))
         (InputSpec(shape=(1, 3), dtype='float32', name=None),)
     """

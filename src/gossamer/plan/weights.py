@@ -17,7 +17,7 @@ from gossamer.errors import PlanError
 def pack_mask(kept: Tensor) -> str:
     """A boolean mask as text: eight entries a byte, zlib, base64.
 
-    Example:
+    Examples:
         >>> kept = torch.tensor([[True, False], [False, True]])
         >>> bool((unpack_mask(pack_mask(kept), (2, 2)) == kept).all())
         True
@@ -41,7 +41,7 @@ def unpack_mask(packed: str, shape: Sequence[int]) -> Tensor:
 def snap(w: Tensor, codebooks: Sequence[Sequence[float]], *, zeros: bool) -> Tensor:
     """Every entry replaced by the nearest value of the codebook of its block of dimension 0; a tie goes to the lower value.
 
-    Example:
+    Examples:
         >>> snap(torch.tensor([0.0, 0.4, 0.9]), [[-1.0, 0.5, 1.0]], zeros=True)
         tensor([0.0000, 0.5000, 1.0000])
 

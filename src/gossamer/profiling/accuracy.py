@@ -83,7 +83,7 @@ class Evaluation:
 def wilson(correct: int, n: int, *, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a proportion (Wilson, JASA 22, 1927).
 
-    Example:
+    Examples:
         >>> low, high = wilson(80, 100)
         >>> round(low, 3), round(high, 3)
         (0.711, 0.867)
@@ -115,7 +115,7 @@ def evaluate(
 ) -> Evaluation:
     """Top-1 accuracy of an artefact, and its agreement with the original, in one pass over the data.
 
-    Example:
+    Examples:
         >>> import torch
         >>> pick = torch.nn.Linear(3, 3, bias=False)
         >>> _ = torch.nn.init.eye_(pick.weight)
@@ -171,7 +171,7 @@ def evaluate(
 def sqnr_db(signal: float, noise: float) -> float:
     """Signal to quantisation noise in decibels, from the sums of squares of the reference and of the difference.
 
-    Example:
+    Examples:
         >>> sqnr_db(100.0, 1.0), sqnr_db(1.0, 0.0)
         (20.0, inf)
     """

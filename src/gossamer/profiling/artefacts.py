@@ -114,7 +114,7 @@ def resolve(thing: Any) -> Artefact:
 def unique(names: Sequence[str]) -> list[str]:
     """The same names, repeated ones with a number.
 
-    Example:
+    Examples:
         >>> unique(["Net", "Net", "b.onnx"])
         ['Net', 'Net#2', 'b.onnx']
     """

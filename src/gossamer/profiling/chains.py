@@ -54,7 +54,7 @@ _KNOWN: dict[tuple[tuple[Chain, ...], tuple[int, ...], int], tuple[float, ...]] 
 def chain(layers: Iterable[nn.Module]) -> Chain:
     """Linear layers, convolutions and movements of channels in a row as nodes; padding of any mode counts as zeros.
 
-    Example:
+    Examples:
         >>> [(n.op, n.ins, n.outs) for n in chain([nn.Linear(4, 2, bias=False), nn.Linear(2, 8)])]
         [('linear', 4, 2), ('linear', 2, 8)]
     """
@@ -99,7 +99,7 @@ def time_chains(chains: Sequence[Chain], shape: Sequence[int], *, threads: int =
 
     What was measured is remembered for the life of the process, so that a question asked twice has one answer.
 
-    Example:
+    Examples:
         >>> one, two = chain([nn.Linear(256, 256)]), chain([nn.Linear(256, 8), nn.Linear(8, 256)])
         >>> len(time_chains([one, two], (1, 256)))
         2

@@ -14,7 +14,7 @@ def profile(model: nn.Module | Result, example_inputs: ExampleInputs = None) -> 
     One multiply-add is one MAC. Convolutions, linear layers, matrix products and attention are counted, whatever Python code calls them;
     pointwise operations, norms and pooling are not. Quantised networks count what their float32 originals would.
 
-    Example:
+    Examples:
         >>> import torch, gossamer as gs
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Flatten(), torch.nn.Linear(8 * 6 * 6, 10))
         >>> costs = gs.profile(net, (torch.zeros(1, 3, 6, 6),))
@@ -49,7 +49,7 @@ def profile(model: nn.Module | Result, example_inputs: ExampleInputs = None) -> 
 def profile_or_sizes(model: nn.Module, example_inputs: ExampleInputs = None) -> Profile:
     """`profile`, or parameters and bytes alone where there are no example inputs: MACs and activations are then 0, and print as not measured.
 
-    Example:
+    Examples:
         >>> sizes = profile_or_sizes(nn.Linear(4, 2))
         >>> sizes.params, sizes.weight_bytes, sizes.measured
         (10, 40, False)

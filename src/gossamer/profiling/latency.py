@@ -107,7 +107,7 @@ def benchmark(
     Each round runs every artefact once, in shuffled order; ratios are those of runs of the same round. In ONNX Runtime: CPU, all graph
     optimisations, one operator at a time. A ``.pte`` file runs in ExecuTorch whatever the runtime, so that it can be timed beside an ``.onnx``.
 
-    Example:
+    Examples:
         >>> import torch, gossamer as gs
         >>> small, large = torch.nn.Linear(8, 8), torch.nn.Sequential(torch.nn.Linear(8, 512), torch.nn.Linear(512, 8))
         >>> times = gs.benchmark(small, large, example_inputs=(torch.zeros(1, 8),), runtime="torch", runs=20)
@@ -174,7 +174,7 @@ def time_interleaved(
 ) -> Array:
     """Time callables in rounds; each round calls every one of them once, in shuffled order.
 
-    Example:
+    Examples:
         >>> time_interleaved([lambda: None, lambda: None], runs=3).shape
         (3, 2)
 
@@ -218,7 +218,7 @@ def time_interleaved(
 def summarise(names: Sequence[str], sizes: Sequence[int], times_RA: Array) -> tuple[Timing, ...]:
     """Median, spread and paired ratios of interleaved times.
 
-    Example:
+    Examples:
         >>> rows = summarise(["a", "b"], [10, 5], np.array([[0.002, 0.001], [0.004, 0.001], [0.002, 0.001]]))
         >>> rows[1].median_ms, rows[1].ratio
         (1.0, 0.5)

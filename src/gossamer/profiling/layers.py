@@ -76,7 +76,7 @@ def _up(channels: float) -> float:
 def widths(channels: int) -> list[int]:
     """Widths of a layer that are measured, ascending.
 
-    Example:
+    Examples:
         >>> widths(32), widths(3)
         ([8, 16, 24, 32], [3])
     """

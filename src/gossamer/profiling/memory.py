@@ -69,7 +69,7 @@ def peak_activation_bytes(path: str | Path, example_inputs: Any) -> int:
 def planned_bytes(nodes: list[tuple[str, list[str], list[str]]], sizes: Mapping[str, int], *, inputs: list[str], outputs: list[str]) -> int:
     """The smallest arena found for the activations of a node order.
 
-    Example:
+    Examples:
         >>> chain = [("Conv", ["x"], ["a"]), ("Relu", ["a"], ["b"]), ("Conv", ["b"], ["y"])]
         >>> planned_bytes(chain, {"x": 10, "a": 30, "b": 30, "y": 5}, inputs=["x"], outputs=["y"])
         40

@@ -76,7 +76,7 @@ def side_by_side(
 ) -> SideBySide:
     """Compare artefacts: parameters, multiply-adds, activation memory, bytes on disk, latency, and accuracy where data is given.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from gossamer.models import mobilenet_v1, resnet8
         >>> image = (torch.zeros(1, 3, 32, 32),)

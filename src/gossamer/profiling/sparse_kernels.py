@@ -79,7 +79,7 @@ def sparse_kernels(
 
     ONNX Runtime has no kernel that skips zeros, and convolutions have none in torch either.
 
-    Example:
+    Examples:
         >>> timed = sparse_kernels([(64, 64)], batches=[1], sparsities=[0.5, 0.99], seconds=0.01)
         >>> [(row.sparsity, row.ratio > 0) for row in timed.rows]
         [(0.5, True), (0.99, True)]

@@ -53,7 +53,7 @@ def prune(
 ) -> Result:
     """Remove whole channels until a target is met, and prove that the result computes what the plan says.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.Flatten(), nn.Linear(8 * 16, 2))
         >>> result = prune(net.eval(), (torch.zeros(1, 3, 8, 8),), ratio=0.5, scope="layer")
         >>> result.model[0].out_channels, result.model[3].in_channels, result.proof.holds

@@ -23,7 +23,7 @@ def fractions(schedule: str, steps: int) -> list[float]:
 
     ``"iterative"`` takes equal parts; ``"cubic"`` takes ``1 - (1 - t/n)^3`` (Zhu & Gupta, 2017): most early, while there is much to spare.
 
-    Example:
+    Examples:
         >>> fractions("iterative", 4), fractions("cubic", 2)
         ([0.25, 0.5, 0.75, 1.0], [0.875, 1.0])
 
@@ -61,7 +61,7 @@ def prune_in_steps(
 ) -> Result:
     """Prune in several steps and recover the network after each; importance is measured anew every time.
 
-    Example:
+    Examples:
         >>> import torch
         >>> net = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 2)).eval()
         >>> trained = []

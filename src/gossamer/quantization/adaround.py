@@ -18,7 +18,7 @@ def adaround(
     The error over all calibration positions is the quadratic form of the inputs' covariance, so that its gradient is exact and one product of
     matrices. A penalty that grows sharper drives the soft choices to 0 or 1.
 
-    Example:
+    Examples:
         >>> from gossamer.quantization.rounding import damped, output_error
         >>> g = torch.Generator().manual_seed(0)
         >>> x, w = torch.randn(64, 8, generator=g) @ torch.randn(8, 8, generator=g), torch.randn(1, 4, 8, generator=g)

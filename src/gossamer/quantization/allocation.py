@@ -73,7 +73,7 @@ def allocate(
 ) -> dict[Any, int]:
     """Bit width of each tensor: the least total loss whose average over all entries is at most ``average``.
 
-    Example:
+    Examples:
         >>> allocate({"a": [0, 1, 9], "b": [0, 5, 50]}, {"a": 100, "b": 100}, 6, widths=(8, 4, 2))
         {'a': 4, 'b': 8}
 

@@ -56,7 +56,7 @@ def correct_analytically(floating: fx.GraphModule, quantised: fx.GraphModule) ->
 def clipped_normal_mean(mean: Tensor, deviation: Tensor, low: float | None, high: float | None) -> Tensor:
     """Mean of a normal variable clipped to ``[low, high]``; None for no end.
 
-    Example:
+    Examples:
         >>> clipped_normal_mean(torch.tensor([0.0, 9.0]), torch.tensor([1.0, 1.0]), 0.0, 6.0)
         tensor([0.3989, 5.9996])
 

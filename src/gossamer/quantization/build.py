@@ -34,7 +34,7 @@ from gossamer.trace.capture import capture
 def apply_edits(model: nn.Module, edits: Sequence[Any], example_inputs: Any) -> fx.GraphModule:
     """Rebuild a quantised network from its plan's edits.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(2, 1, bias=False)).eval()
         >>> edit = QuantizeWeight(tensor="0.weight", bits=8, axis=0, signed=True, steps=(0.01,), zero_points=(0,))
         >>> quantised = apply_edits(net, [edit], (torch.zeros(1, 2),))
@@ -207,7 +207,7 @@ def _store_bias(
 def bias_name(weight: str) -> str:
     """Where the integer bias of a layer is stored, from the name of its weight.
 
-    Example:
+    Examples:
         >>> bias_name("features.0.weight")
         'features.0.bias_codes'
     """
@@ -217,7 +217,7 @@ def bias_name(weight: str) -> str:
 def bias_codes(bias: Tensor, step: Tensor) -> Tensor:
     """A bias as int32 codes: ``round(bias / step)``.
 
-    Example:
+    Examples:
         >>> bias_codes(torch.tensor([0.5, -1.0]), torch.tensor([0.25, 0.5]))
         tensor([ 2, -2], dtype=torch.int32)
     """

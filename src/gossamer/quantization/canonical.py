@@ -27,7 +27,7 @@ from gossamer.quantization.graph import (
 def canonical(captured: fx.GraphModule) -> fx.GraphModule:
     """Rewrite a captured graph in place: compute constant weights, fold batch norm into what feeds it, drop dropout.
 
-    Example:
+    Examples:
         >>> from gossamer.trace.capture import capture
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Dropout(0.5)).eval()
         >>> graph = canonical(capture(net, (torch.zeros(2, 3, 8, 8),)))

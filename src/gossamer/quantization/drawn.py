@@ -20,7 +20,7 @@ def drawn_inputs(module: fx.GraphModule, example_inputs: Any, *, draws: int = _D
 
     Random rows are rows that the network was trained on, other than random pixels, and show what later layers' features reach.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from gossamer.trace.capture import capture
         >>> ids = torch.zeros(1, 4, dtype=torch.long)

@@ -37,7 +37,7 @@ _ALIASES = {
 def op_name(node: fx.Node) -> str:
     """The operation without overload, in-place mark and implementation prefix: ``"conv2d"``; ``""`` where the node is no ATen call.
 
-    Example:
+    Examples:
         >>> graph = fx.Graph()
         >>> op_name(graph.call_function(torch.ops.aten.relu_.default, (graph.placeholder("x"),)))
         'relu'

@@ -18,7 +18,7 @@ from gossamer.quantization.steps import mse_steps
 def group_steps(w_NK: Tensor, bits: int, group: int) -> Tensor:
     """Step of least squared error for each group of input features.
 
-    Example:
+    Examples:
         >>> group_steps(torch.ones(2, 5), 8, 4).shape
         torch.Size([2, 2])
 
@@ -44,7 +44,7 @@ def group_codes(w_NK: Tensor, step_NG: Tensor, bits: int, group: int) -> Tensor:
 def pack_steps(steps: Tensor) -> str:
     """Steps as text: float32, zlib, base64.
 
-    Example:
+    Examples:
         >>> unpack_steps(pack_steps(torch.tensor([[0.5, 2.0]])), (1, 2))
         tensor([[0.5000, 2.0000]])
     """

@@ -29,7 +29,7 @@ _LEAST_SAMPLES = 8
 class Influence:
     """``v' J`` of one activation, summed over the entries in each bin of values.
 
-    Example:
+    Examples:
         >>> seen = Influence(0.0, 8.0)
         >>> x = torch.linspace(0, 1, 999).expand(8, -1).clone(); x[:, 0] = 8.0
         >>> gradient = torch.ones_like(x); gradient[:, 0] = 0.0  # nothing reads what sticks out

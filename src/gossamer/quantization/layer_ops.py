@@ -15,7 +15,7 @@ from gossamer.quantization.ops import along
 def round_by_range(x: Tensor) -> Tensor:
     """A tensor rounded to 256 levels that cover its own range and 0, as ONNX's DynamicQuantizeLinear does.
 
-    Example:
+    Examples:
         >>> round_by_range(torch.tensor([0.0, 0.4, 255.0]))
         tensor([  0.,   0., 255.])
     """

@@ -16,7 +16,7 @@ _MOST = 1 << 19  # elements of one tensor that go into the histogram; the extrem
 class Histogram:
     """Streaming histogram over ``[-reach, reach)``; when a value lies outside, the reach doubles and bins merge in pairs.
 
-    Example:
+    Examples:
         >>> h = Histogram()
         >>> h.update(torch.tensor([0.0, 1.0])); h.update(torch.tensor([-8.0]))
         >>> h.low, h.high, int(h.counts.sum())
@@ -136,7 +136,7 @@ class Histogram:
 class Channels:
     """Largest magnitude, smallest value and variance of each channel (dimension 1), in one pass over batches.
 
-    Example:
+    Examples:
         >>> seen = Channels()
         >>> seen.update(torch.tensor([[1.0, -5.0], [3.0, -5.0]]))
         >>> seen.largest.tolist(), seen.variance().tolist()
@@ -172,7 +172,7 @@ def rounding_error(x_B: Tensor, low_N: Tensor, high_N: Tensor, bits: int) -> Ten
 def affine(low: float, high: float, bits: int = 8) -> tuple[float, int]:
     """Step and zero point of an unsigned affine quantiser that covers ``[low, high]`` and represents 0 exactly.
 
-    Example:
+    Examples:
         >>> affine(-1.0, 1.55)
         (0.01, 100)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 def limits(bits: int, signed: bool) -> tuple[int, int]:
     """Smallest and largest code.
 
-    Example:
+    Examples:
         >>> limits(8, True), limits(4, False)
         ((-128, 127), (0, 15))
     """

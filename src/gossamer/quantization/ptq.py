@@ -65,7 +65,7 @@ def quantize(
     Batch norm is folded first and channels are equalised across layers; convolutions and linear layers keep integer weights and int32 biases,
     embeddings become 8-bit tables; what an integer runtime holds in 8 bits is rounded where it is computed (`gossamer.quantization.points`). Outputs of the network stay float.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10)).eval()
         >>> images = [torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(4)]
         >>> result = quantize(net, (images[0],), calibration=images)

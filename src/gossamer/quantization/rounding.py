@@ -24,7 +24,7 @@ def damped(h_GKK: Tensor, share: float = 0.01) -> Tensor:
 def gptq(w_GRK: Tensor, h_GKK: Tensor, steps_GR: Tensor, bits: int, kept_GRK: Tensor | None = None) -> Tensor:
     """Round column by column, the most varying input first; what a column loses, the columns still to come make up for.
 
-    Example:
+    Examples:
         >>> g = torch.Generator().manual_seed(0)
         >>> x, w = torch.randn(64, 8, generator=g) @ torch.randn(8, 8, generator=g), torch.randn(1, 4, 8, generator=g)
         >>> h, step = damped(x.T.cov()[None]), torch.full((1, 4), 0.4)

@@ -17,7 +17,7 @@ Change = Callable[[Any], Any]
 class Sensitivity:
     """A float graph run once on some samples, and again from any node on with that node's value changed.
 
-    Example:
+    Examples:
         >>> from gossamer.trace.capture import capture
         >>> graph = capture(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Tanh()), (torch.zeros(1, 2),))
         >>> runs = Sensitivity(graph, [torch.ones(3, 2)])
@@ -68,7 +68,7 @@ class _Keeping(fx.Interpreter):
 def divergence(wanted: Iterable[Tensor], got: Iterable[Tensor]) -> float:
     """Mean over the outputs of what `Sensitivity.loss` describes; infinite where an output is not finite.
 
-    Example:
+    Examples:
         >>> divergence([torch.tensor([[0.0, 0.0]])], [torch.tensor([[0.0, 0.0]])])
         0.0
     """

@@ -19,7 +19,7 @@ _LEAST = 2.0  # largest factor below which there is nothing to move
 def factors(range_K: Tensor) -> tuple[float, ...]:
     """What features are divided by: ``max(1, range / median)^0.8``; none where no feature stands out.
 
-    Example:
+    Examples:
         >>> factors(torch.tensor([1.0, 1.0, 32.0])), factors(torch.ones(3))
         ((1.0, 1.0, 16.0), ())
 

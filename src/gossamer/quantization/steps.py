@@ -14,7 +14,7 @@ _BLOCK = 1 << 18  # elements of one work buffer: small enough for a processor's 
 def minmax_steps(w: Tensor, bits: int = 8, axis: int | None = 0, *, group: int | None = None) -> Tensor:
     """Step per channel that covers the largest magnitude: ``max|w| / (2^(bits-1) - 1)``.
 
-    Example:
+    Examples:
         >>> minmax_steps(torch.tensor([[1.0, -127.0], [0.0, 0.0]]))
         tensor([1., 1.])
 
@@ -41,7 +41,7 @@ def mse_steps(
 ) -> Tensor:
     """Step per channel of least squared rounding error, by grid search: ``argmin_S sum (w - clamp(round(w / S)) S)^2``.
 
-    Example:
+    Examples:
         >>> w = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
         >>> worse, better = (fake_quantize(w, s, 4, 0).sub(w).square().mean() for s in (minmax_steps(w, 4), mse_steps(w, 4)))
         >>> bool(better < worse)
@@ -88,7 +88,7 @@ def affine_steps(
 ) -> tuple[Tensor, Tensor]:
     """Step and zero point per channel of least squared rounding error, for codes from 0 to ``2^bits - 1``, by grid search over both ends.
 
-    Example:
+    Examples:
         >>> w = torch.rand(4, 64, generator=torch.Generator().manual_seed(0)) + 0.5
         >>> step, zero = affine_steps(w, 4)
         >>> asymmetric = ((w / step[:, None]).round() + zero[:, None]).clamp(0, 15).sub(zero[:, None]).mul(step[:, None])
@@ -156,7 +156,7 @@ def _affine(ends: Tensor, levels: int) -> tuple[Tensor, Tensor]:
 def codes(w: Tensor, step: Tensor, bits: int, axis: int | None, *, signed: bool) -> Tensor:
     """Integer codes of a weight: int8 around 0, or uint8 around ``2^(bits-1)``.
 
-    Example:
+    Examples:
         >>> codes(torch.tensor([-1.0, 0.0, 0.5]), torch.tensor(0.5), 8, None, signed=False)
         tensor([126, 128, 129], dtype=torch.uint8)
     """
@@ -168,7 +168,7 @@ def codes(w: Tensor, step: Tensor, bits: int, axis: int | None, *, signed: bool)
 def fake_quantize(w: Tensor, step: Tensor, bits: int, axis: int | None) -> Tensor:
     """A weight rounded to its grid, in float.
 
-    Example:
+    Examples:
         >>> fake_quantize(torch.tensor([0.2, 0.9]), torch.tensor(0.5), 8, None)
         tensor([0., 1.])
     """

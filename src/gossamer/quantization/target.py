@@ -37,7 +37,7 @@ def resolve(target: str, prefer: str = "size") -> Target:
     x86 without VNNI adds pairs of products of 8-bit numbers in 16 bits. ONNX Runtime's kernel for signed weights saturates there;
     the slower one for unsigned weights does not, nor do weights of 7 bits. With VNNI, and on ARM, sums have 32 bits.
 
-    Example:
+    Examples:
         >>> [(t.signed, t.weight_bits) for t in (resolve("avx2"), resolve("avx2", "latency"), resolve("vnni", "latency"))]
         [(False, 8), (True, 7), (True, 8)]
     """
@@ -59,7 +59,7 @@ def resolve(target: str, prefer: str = "size") -> Target:
 def detect(machine: str, flags: set[str]) -> str:
     """The target of a CPU from its architecture and feature flags; an unknown one is ``"avx2"``, which is right everywhere.
 
-    Example:
+    Examples:
         >>> detect("x86_64", {"avx2"}), detect("x86_64", {"avx2", "avx512_vnni"}), detect("aarch64", set())
         ('avx2', 'vnni', 'arm')
     """

@@ -22,7 +22,7 @@ _RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 class Clipped:
     """What a layer should give, and the ends that rounding and clips cut it off at: past them nothing sees a difference.
 
-    Example:
+    Examples:
         >>> clipped = Clipped(torch.tensor([[1.0], [7.0], [9.0]]), 0.0, 6.0)
         >>> clipped.error(clipped.wanted, torch.tensor([[2.0], [6.5], [5.0]])).flatten().tolist()
         [-1.0, 0.0, 1.0]
@@ -121,7 +121,7 @@ def joined(pieces: Sequence[Sequence[Seen]]) -> list[Seen]:
 def target(w_GRK: Tensor, seen: list[Seen]) -> tuple[Tensor, float | None]:
     """The weights whose output on what arrives is nearest to the float layer's on its own input, as far as each half of the samples bears the other out.
 
-    Example:
+    Examples:
         >>> g = torch.Generator().manual_seed(0)
         >>> w, x = torch.randn(1, 2, 3, generator=g), torch.randn(400, 3, generator=g)
         >>> found, _ = target(w, watch(Geometry(1, 2, 3, (), (), (), ()), w, x, 0.5 * x))

@@ -41,7 +41,7 @@ def model_card(report: Report) -> str:
 def plain(text: str) -> str:
     """Text that Markdown shows as it is, also inside a table.
 
-    Example:
+    Examples:
         >>> plain("a|b_<i>")
         'a\\\\|b\\\\_&lt;i&gt;'
     """

@@ -13,7 +13,7 @@ NONE = "–"
 def amount(n: float) -> str:
     """A count with three significant digits and its magnitude.
 
-    Example:
+    Examples:
         >>> amount(300_774_272), amount(6948), amount(52), amount(0)
         ('301 M', '6.95 k', '52', '0')
     """
@@ -26,7 +26,7 @@ def amount(n: float) -> str:
 def size(n: float) -> str:
     """Bytes with three significant digits.
 
-    Example:
+    Examples:
         >>> size(13_960_000), size(3_870_123), size(11_375), size(12)
         ('14.0 MB', '3.87 MB', '11.4 kB', '12 B')
     """
@@ -39,7 +39,7 @@ def size(n: float) -> str:
 def milliseconds(ms: float) -> str:
     """A time with three significant digits, in the unit that fits.
 
-    Example:
+    Examples:
         >>> milliseconds(12.345), milliseconds(0.0297), milliseconds(2500)
         ('12.3 ms', '29.7 µs', '2.50 s')
     """
@@ -51,7 +51,7 @@ def milliseconds(ms: float) -> str:
 def digits(x: float) -> str:
     """Three significant digits, never an exponent.
 
-    Example:
+    Examples:
         >>> digits(0.5), digits(12.345), digits(1234.5)
         ('0.500', '12.3', '1234')
     """
@@ -63,7 +63,7 @@ def digits(x: float) -> str:
 def percent(fraction: float, *, places: int = 1) -> str:
     """A fraction of 1 as a percentage.
 
-    Example:
+    Examples:
         >>> percent(0.8025), percent(1.0)
         ('80.2%', '100.0%')
     """
@@ -73,7 +73,7 @@ def percent(fraction: float, *, places: int = 1) -> str:
 def points(difference: float) -> str:
     """A difference of two fractions in percentage points, with its sign.
 
-    Example:
+    Examples:
         >>> points(-0.015), points(0.0025), points(0.0)
         ('-1.5 points', '+0.25 points', '±0.0 points')
     """
@@ -86,7 +86,7 @@ def points(difference: float) -> str:
 def hundredths(x: float) -> str:
     """Two decimals, the second only where it is not zero: one item of 400 is a quarter of a point.
 
-    Example:
+    Examples:
         >>> hundredths(80.75), hundredths(80.0)
         ('80.75', '80.0')
     """
@@ -97,7 +97,7 @@ def hundredths(x: float) -> str:
 def ratio(after: float, before: float) -> str:
     """How many times as much.
 
-    Example:
+    Examples:
         >>> ratio(3.87, 13.96), ratio(1, 0)
         ('0.28 x', '–')
     """
@@ -107,7 +107,7 @@ def ratio(after: float, before: float) -> str:
 def change(after: float, before: float) -> str:
     """A relative change with its sign.
 
-    Example:
+    Examples:
         >>> change(70, 100), change(100, 100), change(5.2, 4.0)
         ('-30%', 'same', '+30%')
     """
@@ -122,7 +122,7 @@ def change(after: float, before: float) -> str:
 def decibels(db: float | None) -> str:
     """A signal to noise ratio.
 
-    Example:
+    Examples:
         >>> decibels(17.42), decibels(math.inf)
         ('17.4 dB', 'no difference')
     """
@@ -144,7 +144,7 @@ def top1(accuracy: Accuracy | None) -> str:
 def interval(accuracy: Accuracy | None) -> str:
     """The 95% interval of an accuracy, with the number of items.
 
-    Example:
+    Examples:
         >>> interval(Accuracy(value=0.8, n=400, interval=(0.758, 0.836)))
         '75.8% to 83.6%, n = 400'
     """
@@ -154,7 +154,7 @@ def interval(accuracy: Accuracy | None) -> str:
 def shape(dims: tuple[int, ...] | list[int]) -> str:
     """A shape.
 
-    Example:
+    Examples:
         >>> shape((1, 32, 112, 112))
         '1x32x112x112'
     """
@@ -164,7 +164,7 @@ def shape(dims: tuple[int, ...] | list[int]) -> str:
 def plural(n: int, noun: str) -> str:
     """A number with its noun.
 
-    Example:
+    Examples:
         >>> plural(1, "thread"), plural(2, "thread")
         ('1 thread', '2 threads')
     """
@@ -174,7 +174,7 @@ def plural(n: int, noun: str) -> str:
 def tail(text: str, width: int) -> str:
     """The end of a long name: in a module path the end tells more.
 
-    Example:
+    Examples:
         >>> tail("features.17.conv.2", 10), tail("conv", 10)
         ('…17.conv.2', 'conv')
     """

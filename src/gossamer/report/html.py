@@ -147,7 +147,7 @@ def cards(before: Measured, after: Measured) -> list[Card]:
 def flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Nested data as rows of name and value.
 
-    Example:
+    Examples:
         >>> flat({"cores": 2, "versions": {"torch": "2.14"}})
         [('cores', '2'), ('versions / torch', '2.14')]
     """

@@ -81,7 +81,7 @@ def draw(sides: SideBySide, path: Path) -> None:
 def short_names(names: Sequence[str]) -> list[str]:
     """Names without their scheme or folders, where they are then still different.
 
-    Example:
+    Examples:
         >>> short_names(["gossamer:resnet18", "torchvision:vgg11", "runs/a/model.onnx", "runs/b/model.onnx"])
         ['resnet18', 'vgg11', 'runs/a/model.onnx', 'runs/b/model.onnx']
     """

@@ -219,7 +219,7 @@ def agreement(report: Report) -> str:
 def stored(storage: Storage) -> str:
     """The coded weights file in a sentence.
 
-    Example:
+    Examples:
         >>> from gossamer.report.schema import Storage
         >>> stored(Storage(file="a.safetensors", size_bytes=50_000, dense_bytes=1_000_000, entropy_bytes=48_000, zeros=900, weights=1000))
         'weights: a.safetensors 50.0 kB, coded, of 1.00 MB (1/20.0; entropy bound 48.0 kB); 90.0% are zero'
@@ -234,7 +234,7 @@ def stored(storage: Storage) -> str:
 def in_executorch(e: Executorch) -> str:
     """What the ExecuTorch file takes and how fast it is, in a sentence.
 
-    Example:
+    Examples:
         >>> from gossamer.report.schema import Executorch, Latency
         >>> timed = Latency(median=3.0, p10=2.9, p90=3.2, runtime="executorch 1.5", threads=1, batch=1, runs=50, ratio=1.5)
         >>> in_executorch(Executorch(file="m.pte", before_size_bytes=4_000_000, size_bytes=1_000_000, before_median_ms=2.0, latency_ms=timed))
@@ -269,7 +269,7 @@ def reasons(frozen: Iterable[tuple[str, str]], *, width: int = WIDTH) -> str:
 def shortened(lines: Sequence[str], *, most: int = 8) -> list[str]:
     """At most so many lines, the last telling how many more there are.
 
-    Example:
+    Examples:
         >>> shortened(["a", "b", "c", "d"], most=3)
         ['a', 'b', '2 more']
     """

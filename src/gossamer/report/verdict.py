@@ -46,7 +46,7 @@ def tone(report: Report) -> Tone:
 def times(before: float, after: float, less: str, more: str, same: str) -> str:
     """How many times less or more of something.
 
-    Example:
+    Examples:
         >>> times(10, 5, "smaller", "larger", "as large"), times(5, 10, "smaller", "larger", "as large")
         ('2.00 x smaller', '2.00 x larger')
     """

@@ -34,7 +34,7 @@ def warnings_for(
 ) -> list[str]:
     """One line for each thing that did not turn out as a reader would assume, the gravest first; a slow-down comes before all else.
 
-    Example:
+    Examples:
         >>> m = dict(params=10, macs=10, peak_activation_bytes=10)
         >>> warnings_for(Measured(size_bytes=1000, **m), Measured(size_bytes=2000, **m))[0]
         'larger than the original: 2.00 kB against 1.00 kB (2.00 x)'
@@ -150,7 +150,7 @@ def _few(after: Measured) -> list[str]:
 def target_value(target: Target, value: float) -> str:
     """A figure of a budget line in that line's unit.
 
-    Example:
+    Examples:
         >>> target_value(Target(name="size", limit=1e6, reached=9e5, unit="bytes", met=True), 1e6)
         '1.00 MB'
     """

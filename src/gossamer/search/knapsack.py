@@ -25,7 +25,7 @@ Array = np.ndarray
 def knapsack(costs: Sequence[Sequence[float]], losses: Sequence[Sequence[float]], budget: float, *, what: str = "cost") -> list[int]:
     """Pick one option of every item: the least total loss whose total cost is at most ``budget``.
 
-    Example:
+    Examples:
         >>> knapsack([[8, 4, 2], [8, 4]], [[0.0, 0.1, 0.9], [0.0, 0.3]], budget=12)
         [1, 0]
 
@@ -65,7 +65,7 @@ def monotone(losses: Sequence[float]) -> list[float]:
 
     Without it a tighter budget can seem to lose less than a looser one.
 
-    Example:
+    Examples:
         >>> monotone([-0.01, 0.2, 0.1, 0.5])
         [0.0, 0.2, 0.2, 0.5]
     """

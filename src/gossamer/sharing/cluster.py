@@ -41,7 +41,7 @@ def cluster(
     In memory the weights stay as wide as they were; a saved result holds a code of at most ``bits`` bits for each entry, and the codebooks.
     `gossamer.sharing.fine_tune` trains the values.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
         >>> result = cluster(net, bits=2)
         >>> [len(net[i].weight.unique()) for i in (0, 2)], [len(result.model[i].weight.unique()) for i in (0, 2)]

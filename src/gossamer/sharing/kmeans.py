@@ -23,7 +23,7 @@ def kmeans_1d(values: ArrayLike, k: int, *, weights: ArrayLike | None = None) ->
     finds them all. Beyond, at least 32 bins for each centroid stand for the values, denser where an optimal codebook is; their optimum is
     the start of Lloyd's iteration on all values, which runs to its fixed point. The same values give the same centroids.
 
-    Example:
+    Examples:
         >>> kmeans_1d([1.0, 2.0, 10.0, 11.0, 12.0], 2)
         (array([ 1.5, 11. ]), 2.5)
 

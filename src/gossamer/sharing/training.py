@@ -14,7 +14,7 @@ from gossamer.training import FitOptions, fit
 def fine_tune(result: Result, data: Iterable[Any], **options: Unpack[FitOptions]) -> Result:
     """Train the codebooks of a `gossamer.cluster` result, and all that is not shared, on data; which entries share a value stays.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from gossamer.sharing import cluster

@@ -22,7 +22,7 @@ class Batch(NamedTuple):
 def split(batch: Any, example_inputs: Any) -> Batch:
     """Take a batch apart.
 
-    Example:
+    Examples:
         >>> split((torch.zeros(2, 3), torch.tensor([0, 1])), (torch.zeros(1, 3),)).target
         tensor([0, 1])
 

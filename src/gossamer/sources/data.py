@@ -52,7 +52,7 @@ class Data:
     ) -> DataLoader[Any]:
         """Batches ``(inputs, labels)`` of one split.
 
-        Example:
+        Examples:
             >>> len(load_data("digits").loader("val", batch_size=60))
             6
 
@@ -89,7 +89,7 @@ class Data:
     def check(self, model_classes: int) -> None:
         """SourceError where labels go beyond the ``model_classes`` outputs of a network.
 
-        Example:
+        Examples:
             >>> load_data("digits").check(10)
         """
         if self.num_classes is not None and self.num_classes > model_classes:
@@ -102,7 +102,7 @@ class Data:
 def load_data(spec: str, *, transform: Callable[[Any], Tensor] | None = None, seed: int = 0, skip_unreadable: bool = False) -> Data:
     """Open the data that a specification names.
 
-    Example:
+    Examples:
         >>> data = load_data("digits")
         >>> data.input_shape, data.num_classes, len(data.train), len(data.val)
         ((1, 1, 8, 8), 10, 1437, 360)

@@ -18,7 +18,7 @@ from gossamer.errors import GossamerError, SourceError, near
 def parse_options(text: str) -> tuple[str, dict[str, Any]]:
     """Take the options off a name; numbers and true/false are read as such.
 
-    Example:
+    Examples:
         >>> parse_options("mobilenet_v2?width_mult=0.5&small=true")
         ('mobilenet_v2', {'width_mult': 0.5, 'small': True})
 
@@ -44,7 +44,7 @@ def parse_options(text: str) -> tuple[str, dict[str, Any]]:
 def format_options(name: str, options: dict[str, Any]) -> str:
     """The inverse of `parse_options`.
 
-    Example:
+    Examples:
         >>> format_options("resnet8", {"width": 8, "small": True})
         'resnet8?width=8&small=true'
     """
@@ -55,7 +55,7 @@ def format_options(name: str, options: dict[str, Any]) -> str:
 def call_factory(spec: str, **options: Any) -> Any:
     """Import and call what ``package.module:factory`` or ``path/file.py:factory`` names.
 
-    Example:
+    Examples:
         >>> call_factory("torch.nn:Linear", in_features=2, out_features=1)
         Linear(in_features=2, out_features=1, bias=True)
 

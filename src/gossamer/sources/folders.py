@@ -26,7 +26,7 @@ class Unreadable(NamedTuple):
 def collate(samples: list[Any]) -> Any:
     """A batch of samples as torch makes it, without those that are `Unreadable`; each of them is named in a warning.
 
-    Example:
+    Examples:
         >>> import torch
         >>> [t.tolist() for t in collate([(torch.zeros(2), 3), (torch.ones(2), 4)])]
         [[[0.0, 0.0], [1.0, 1.0]], [3, 4]]

@@ -30,7 +30,7 @@ CIFAR_RECORD = 1 + 3 * 32 * 32
 class PixelDataset(Dataset[tuple[Tensor, int]]):
     """Bytes in memory or in a mapped file, turned into ``(x - mean) / std`` with x in 0..1 when they are read.
 
-    Example:
+    Examples:
         >>> data = PixelDataset(np.full((1, 1, 2, 2), 255, np.uint8), np.array([7]), mean=(0.5,), std=(0.25,))
         >>> data[0]
         (tensor([[[2., 2.],

@@ -24,7 +24,7 @@ def layer_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     compute a weight from, and what a module of another class calls ``weight...``. Embedding tables (tied ones too), norms, gains and
     tokens that are vectors but for dimensions of 1, and all that is called otherwise are none.
 
-    Example:
+    Examples:
         >>> net = nn.ModuleDict({"table": nn.Embedding(9, 4), "rnn": nn.GRU(4, 3), "norm": nn.LayerNorm([2, 3]), "out": nn.Linear(3, 1)})
         >>> list(layer_weights(net))
         ['rnn.weight_ih_l0', 'rnn.weight_hh_l0', 'out.weight']
@@ -56,7 +56,7 @@ def other_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
     Vectors with further dimensions of 1 are not listed.
 
-    Example:
+    Examples:
         >>> list(other_parameters(nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2))))
         ['0.weight']
     """

@@ -48,7 +48,7 @@ class LoadedModel:
 def is_spec(text: str) -> bool:
     """Whether ``text`` is written as a model specification, rather than as the path of a run folder.
 
-    Example:
+    Examples:
         >>> is_spec("torchvision:resnet18"), is_spec("runs/mine")
         (True, False)
     """
@@ -58,7 +58,7 @@ def is_spec(text: str) -> bool:
 def complete(text: str) -> str:
     """The specification that a bare name stands for: gossamer's own network of that name, or else torchvision's.
 
-    Example:
+    Examples:
         >>> complete("resnet18?small=true"), complete("vgg11"), complete("timm:resnet10t")
         ('gossamer:resnet18?small=true', 'torchvision:vgg11', 'timm:resnet10t')
 
@@ -89,7 +89,7 @@ def load_model(
 ) -> LoadedModel:
     """Build the network that a specification names, and fill it with weights where a file is given.
 
-    Example:
+    Examples:
         >>> loaded = load_model("gossamer:mobilenet_v2?width_mult=0.5", num_classes=10, in_channels=1)
         >>> loaded.spec, loaded.input_shape, loaded.pretrained
         ('gossamer:mobilenet_v2?width_mult=0.5&num_classes=10&in_channels=1', (1, 1, 224, 224), False)

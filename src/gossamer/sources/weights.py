@@ -23,7 +23,7 @@ PREFIXES = ("module.", "_orig_mod.")
 def read_state(path: str | Path) -> dict[str, Tensor]:
     """Read a state dict from a file.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> file = Path(tempfile.mkdtemp()) / "w.pth"
         >>> torch.save({"state_dict": {"module.bias": torch.ones(2)}}, file)
@@ -68,7 +68,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 def fill(model: nn.Module, state: Mapping[str, Tensor], *, where: str) -> None:
     """Copy a state dict into a network, which must have the same names and shapes.
 
-    Example:
+    Examples:
         >>> net = nn.Linear(2, 1)
         >>> fill(net, {"weight": torch.ones(1, 2), "bias": torch.zeros(1)}, where="w.pth")
         >>> net.weight.tolist()

@@ -22,7 +22,7 @@ REGROWTH = ("gradient", "random")
 class Sparsifier(nn.Module):
     """Holds masks while a network trains and changes them on a schedule; pass it to `gossamer.fit` as ``after_step``.
 
-    Example:
+    Examples:
         >>> net = nn.Linear(8, 4)
         >>> hold = Sparsifier(net, sparsity=0.5, steps=4, updates=2, end=1.0)
         >>> for _ in range(4):
@@ -145,7 +145,7 @@ class Sparsifier(nn.Module):
 class Projection:
     """Projects weights on an L0 or L1 ball; pass it to `gossamer.fit` as ``after_step`` for projected gradient descent.
 
-    Example:
+    Examples:
         >>> net = nn.Linear(8, 4)
         >>> with torch.no_grad():
         ...     Projection(net, l0=10)(net)

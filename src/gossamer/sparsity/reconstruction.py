@@ -117,7 +117,7 @@ def _prune(
 def refit(w_GOK: Tensor, w0_GOK: Tensor, h_GKK: Tensor, kept_GOK: Tensor, iterations: int) -> Tensor:
     """Least squares on a mask: minimise tr((W - W0) H (W - W0)^T) over W that is zero where the mask says so.
 
-    Example:
+    Examples:
         >>> w0, h = torch.tensor([[[1.0, 1.0]]]), torch.tensor([[[1.0, 0.5], [0.5, 1.0]]])
         >>> refit(torch.tensor([[[1.0, 0.0]]]), w0, h, torch.tensor([[[True, False]]]), 4)
         tensor([[[1.5000, 0.0000]]])

@@ -21,7 +21,7 @@ SCOPES = ("layer", "global", "row")
 class Pattern:
     """A pattern of non-zeros: ``n`` of every ``m`` along the inputs, or whole blocks of ``rows x columns``.
 
-    Example:
+    Examples:
         >>> Pattern.parse("2:4"), Pattern.parse("4x1").block
         (Pattern(n=2, m=4, block=None), (4, 1))
     """
@@ -65,7 +65,7 @@ def select(
 ) -> dict[str, Tensor]:
     """Masks of the weights that stay: those with the highest scores; of equal ones those that come first.
 
-    Example:
+    Examples:
         >>> select({"w": torch.tensor([[1.0, 4.0], [2.0, 3.0]])}, sparsity=0.5)
         {'w': tensor([[False,  True],
                 [False,  True]])}

@@ -14,7 +14,7 @@ def semi_structured(model: nn.Module) -> nn.Module:
 
     Make them with ``sparsify(model, pattern="2:4")``; saving and training go on with the plain network.
 
-    Example:
+    Examples:
         >>> semi_structured(nn.Linear(64, 64))
         Traceback (most recent call last):
         ...
@@ -54,7 +54,7 @@ def semi_structured(model: nn.Module) -> nn.Module:
 def two_of_four(w: torch.Tensor) -> bool:
     """Whether of every four neighbours along the inputs at most two are not zero.
 
-    Example:
+    Examples:
         >>> two_of_four(torch.tensor([[1.0, 0.0, 2.0, 0.0]])), two_of_four(torch.ones(1, 4))
         (True, False)
     """

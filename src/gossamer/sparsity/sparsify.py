@@ -42,7 +42,7 @@ def sparsify(
 
     Zeros make the saved weights smaller, since they are coded; they make neither ONNX Runtime nor PyTorch's dense kernels faster.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
         >>> result = sparsify(net, sparsity=0.75)
         >>> [int((p == 0).sum()) for p in result.model.parameters() if p.dim() == 2], result.plan.counts()
@@ -207,7 +207,7 @@ def _check(
 def radius(l1: float | str, total: float) -> float:
     """A radius, absolute or as a percentage of the present sum of magnitudes.
 
-    Example:
+    Examples:
         >>> radius("50%", 8.0), radius(3, 8.0)
         (4.0, 3.0)
     """

@@ -69,7 +69,7 @@ def train_sparse(
 ) -> Result:
     """Train a copy of a network while its weights become sparse.
 
-    Example:
+    Examples:
         >>> x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
         >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
         >>> result = train_sparse(net, [(x, (x[:, 0] > 0).long())] * 10, sparsity=0.75, epochs=2, lr=0.01)
@@ -166,7 +166,7 @@ def lottery_ticket(
 ) -> Result:
     """Find a sparse network that trains alone: train, prune the smallest, put the others back to where they came from, and train again.
 
-    Example:
+    Examples:
         >>> x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
         >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
         >>> ticket = lottery_ticket(net, [(x, (x[:, 0] > 0).long())] * 10, sparsity=0.75, rounds=2, lr=0.01)

@@ -51,7 +51,7 @@ def cut(model: nn.Module, traced: Trace, removed: Tensor) -> Cut:
     Where the cut network fails or sees other shapes than the labels predict, the classes that go through the operation in question are
     left in, with the reason, and the rest is cut again.
 
-    Example:
+    Examples:
         >>> from gossamer.trace import trace
         >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
         >>> traced = trace(net, (torch.ones(1, 4),))

@@ -84,7 +84,7 @@ def _spread(keep: Tensor, weight: Tensor, dim: int) -> Tensor:
 def difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
     """Largest ``max|a - b| / max|a|`` over pairs of tensors; infinite where shapes differ or values are not finite.
 
-    Example:
+    Examples:
         >>> import torch
         >>> difference([torch.tensor([2.0, 4.0])], [torch.tensor([2.0, 3.0])])
         0.25

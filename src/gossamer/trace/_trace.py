@@ -74,7 +74,7 @@ ATTENTION = ("heads", "head_dim")
 def trace(model: nn.Module, example_inputs: ExampleInputs, *, attention: str = "heads") -> Trace:
     """Watch one forward pass: which channels belong together, what cannot be pruned and why, what each layer costs.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(4 * 36, 2))
         >>> traced = trace(net, (torch.zeros(1, 3, 8, 8),))
         >>> [(g.name, len(g.classes)) for g in traced.channels.groups], traced.profile.macs
@@ -149,7 +149,7 @@ def _watch_unvisited(model: nn.Module, example_inputs: ExampleInputs, watch: Wat
 def channels(model: nn.Module, example_inputs: ExampleInputs, *, attention: str = "heads") -> ChannelMap:
     """Which channels of a network live and die together, and which must stay and why.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> found = channels(net, (torch.zeros(1, 4),))
         >>> [g.name for g in found.groups], [(g.name, g.frozen) for g in found.frozen][-1]

@@ -37,7 +37,7 @@ class Program:
 def capture(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
     """Capture a network in eval mode as a graph of ATen operations without in-place ones.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True))
         >>> graph = capture(net, (torch.zeros(1, 4),))
         >>> [str(n.target) for n in graph.graph.nodes if n.op == "call_function"]

@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 def make_average(model: nn.Module, decay: float) -> AveragedModel:
     """A copy that follows: ``average = decay * average + (1 - decay) * weights`` after each step; buffers are copied.
 
-    Example:
+    Examples:
         >>> layer = nn.Linear(1, 1, bias=False)
         >>> average = make_average(layer, 0.9)
         >>> for value in (1.0, 2.0):

@@ -210,7 +210,7 @@ def agreed_progress(path: Path, header: dict[str, Any], settings: dict[str, Any]
 def checksum(header: str, tensors: dict[str, Tensor]) -> str:
     """A hash of everything in a checkpoint.
 
-    Example:
+    Examples:
         >>> checksum("{}", {"w": torch.zeros(2)}) == checksum("{}", {"w": torch.ones(2)})
         False
     """

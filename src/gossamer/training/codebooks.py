@@ -49,7 +49,7 @@ def share_parameters(model: nn.Module, edits: Iterable[Share]) -> tuple[str, ...
     Each tensor of the edits becomes its codebook's values, looked up by codes, for as long as `unshare` is not called; tensors of one edit
     train one codebook. Zeros stay zero where the edit says so. Entries are set to the nearest value, as the edit does.
 
-    Example:
+    Examples:
         >>> net = nn.Linear(3, 2, bias=False)
         >>> edit = Share(tensors=("weight",), bits=1, codebooks=((-1.0, 1.0),), zeros=False)
         >>> share_parameters(net, [edit]), [tuple(p.shape) for p in net.parameters()]
@@ -94,7 +94,7 @@ def share_parameters(model: nn.Module, edits: Iterable[Share]) -> tuple[str, ...
 def unshare(model: nn.Module) -> list[Share]:
     """Turn codebooks back into plain weights, in place, and say what they are now.
 
-    Example:
+    Examples:
         >>> net = nn.Linear(3, 2, bias=False)
         >>> edit = Share(tensors=("weight",), bits=1, codebooks=((-1.0, 1.0),), zeros=False)
         >>> _ = share_parameters(net, [edit])

@@ -18,7 +18,7 @@ AfterStep = Callable[[nn.Module], None]
 class HeldZeros:
     """Sets masked entries to zero again after every step; weight decay and momentum may have moved them.
 
-    Example:
+    Examples:
         >>> net = nn.Linear(2, 1, bias=False)
         >>> hold = HeldZeros({"weight": torch.tensor([[True, False]])})
         >>> with torch.no_grad():

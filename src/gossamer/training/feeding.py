@@ -35,7 +35,7 @@ class Part:
 def take_apart(raw: Any, example_inputs: ExampleInputs) -> Batch:
     """A batch taken apart; where nothing says how many items are inputs, all but the last are.
 
-    Example:
+    Examples:
         >>> batch = take_apart((torch.zeros(2, 3), torch.zeros(2, 4), torch.tensor([0, 1])), None)
         >>> len(batch.args), batch.target
         (2, tensor([0, 1]))
@@ -82,7 +82,7 @@ def seed_epoch(data: Any, seed: int, epoch: int, device: torch.device) -> None:
 def mix(*parts: int) -> int:
     """One seed from several numbers.
 
-    Example:
+    Examples:
         >>> mix(0, 1) == mix(0, 1), mix(0, 1) == mix(1, 0)
         (True, False)
     """

@@ -16,7 +16,7 @@ from gossamer.training.objectives import Objective
 def set_layout(model: nn.Module, channels_last: bool, *, optimizer: Optimizer | None = None) -> None:
     """Lay out all tensors of four dimensions, in place and without changing a value.
 
-    Example:
+    Examples:
         >>> conv = nn.Conv2d(4, 8, 3)
         >>> set_layout(conv, True)
         >>> conv.weight.is_contiguous(memory_format=torch.channels_last)

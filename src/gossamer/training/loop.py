@@ -84,7 +84,7 @@ def fit(
 ) -> FitResult | Result:
     """Train a copy of a network.
 
-    Example:
+    Examples:
         >>> x, y = torch.randn(64, 4, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 2
         >>> x[:, 0] += 4 * y
         >>> trained = fit(nn.Linear(4, 2), [(x, y)] * 8, epochs=5, lr=0.1)

@@ -15,7 +15,7 @@ from gossamer.training.options import Metrics
 def accuracy(out: Any, target: Tensor) -> Tensor:
     """Fraction of samples, or positions, whose largest logit is the target's.
 
-    Example:
+    Examples:
         >>> import torch
         >>> accuracy(torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([1, 1])).item()
         0.5
@@ -26,7 +26,7 @@ def accuracy(out: Any, target: Tensor) -> Tensor:
 def top5(out: Any, target: Tensor) -> Tensor:
     """Fraction of samples, or positions, whose target is among the five largest logits.
 
-    Example:
+    Examples:
         >>> import torch
         >>> top5(torch.arange(8.0).repeat(2, 1), torch.tensor([3, 0])).item()
         0.5

@@ -31,7 +31,7 @@ def logits_of(out: Any) -> Tensor:
 def cross_entropy(out: Any, target: Any) -> Tensor:
     """Cross-entropy of logits (N, C) or (N, C, ...) with class indices or probabilities, mean over the batch and positions.
 
-    Example:
+    Examples:
         >>> import torch
         >>> round(cross_entropy(torch.zeros(2, 4), torch.tensor([0, 3])).item(), 4)
         1.3863
@@ -82,7 +82,7 @@ def _regressed(out: Any, target: Any) -> Tensor:
 def as_objective(objective: str | Callable[..., Tensor] | None) -> Objective:
     """The loss to minimise as a function of network and batch.
 
-    Example:
+    Examples:
         >>> import torch
         >>> loss = as_objective(nn.MSELoss())
         >>> loss(nn.Identity(), Batch((torch.ones(2),), {}, torch.zeros(2))).item()

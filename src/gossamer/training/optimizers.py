@@ -35,7 +35,7 @@ OPTIMIZERS: Mapping[str, Callable[..., Optimizer]] = {
 def lr_factor(step: int, total: int, *, warmup: float = 0.05) -> float:
     """What the peak learning rate is multiplied by: a linear rise, then half a cosine down towards 0.
 
-    Example:
+    Examples:
         >>> [round(lr_factor(s, 10, warmup=0.2), 2) for s in (0, 1, 2, 6, 9)]
         [0.5, 1.0, 1.0, 0.5, 0.04]
 
@@ -67,7 +67,7 @@ def make_optimizer(
 ) -> Optimizer:
     """An optimiser over the trainable parameters; those of one dimension or less (biases, norms) are not decayed.
 
-    Example:
+    Examples:
         >>> opt = make_optimizer(nn.Linear(4, 2), weight_decay=0.1)
         >>> [(g["weight_decay"], [tuple(p.shape) for p in g["params"]]) for g in opt.param_groups]
         [(0.1, [(2, 4)]), (0.0, [(2,)])]
@@ -117,7 +117,7 @@ def make_optimizer(
 def blocks_of(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Trainable parameters by block, in order: a block is the first numbered part of a name, or its first part.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
         >>> {k: len(v) for k, v in blocks_of(net).items()}
         {'0': 2, '2': 2}
@@ -134,7 +134,7 @@ def blocks_of(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 def state_bytes(optimizer: Optimizer) -> int:
     """Bytes of the tensors in an optimiser's state; of those that processes divide among them, of this one's part.
 
-    Example:
+    Examples:
         >>> layer = nn.Linear(10, 10, bias=False)
         >>> opt = torch.optim.AdamW(layer.parameters())
         >>> layer(torch.ones(1, 10)).sum().backward()

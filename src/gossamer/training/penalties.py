@@ -18,7 +18,7 @@ PENALTIES = ("bn_l1", "group_lasso")
 def bn_l1(model: nn.Module) -> Tensor:
     """Sum of the absolute scales of all batch norms (network slimming; Liu et al., ICCV 2017).
 
-    Example:
+    Examples:
         >>> bn_l1(nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(2))).item()
         5.0
 
@@ -42,7 +42,7 @@ def group_lasso(model: nn.Module) -> Tensor:
 
     A filter is what makes one output channel of a convolution or one output feature of a linear layer.
 
-    Example:
+    Examples:
         >>> layer = nn.Linear(4, 2, bias=False)
         >>> _ = nn.init.ones_(layer.weight)
         >>> group_lasso(layer).item()

@@ -13,7 +13,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
     """The context of a forward pass and its loss.
 
-    Example:
+    Examples:
         >>> with autocast(torch.device("cpu"), "bf16"):
         ...     (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
         torch.bfloat16

@@ -15,7 +15,7 @@ from gossamer.errors import UsageError
 def channelwise_loss(student: Tensor, teacher: Tensor, *, tau: float = 4.0) -> Tensor:
     """``tau^2 / C * sum_c KL(softmax_P(t_c / tau) || softmax_P(s_c / tau))``, mean over the batch: where each channel looks.
 
-    Example:
+    Examples:
         >>> import torch
         >>> x = torch.randn(2, 3, 4, 4)
         >>> abs(channelwise_loss(x + 5, x).item()) < 1e-5
@@ -48,7 +48,7 @@ def regression_kd_loss(
     With a margin, the teacher is an upper bound: samples on which the student is already better than the teacher by it,
     ``|student - target|^2 + margin <= |teacher - target|^2`` (mean over a sample's elements), do not count in the second term.
 
-    Example:
+    Examples:
         >>> import torch
         >>> regression_kd_loss(torch.zeros(1, 2), torch.ones(1, 2), torch.full((1, 2), 2.0), alpha=0.25).item()
         3.25

@@ -13,7 +13,7 @@ from gossamer.errors import UsageError
 def fitnet_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """``mean((student - teacher)^2)`` over all elements: hints. Where shapes differ, put an adapter before it (`FeatureTap` does).
 
-    Example:
+    Examples:
         >>> fitnet_loss(torch.zeros(2, 3), torch.full((2, 3), 2.0)).item()
         4.0
 
@@ -37,7 +37,7 @@ def fitnet_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def attention_map(features: Tensor, *, p: float = 2.0) -> Tensor:
     """``q / ||q||_2`` with ``q = sum_c |a_c|^p``, the positions flattened: where a layer looks.
 
-    Example:
+    Examples:
         >>> attention_map(torch.tensor([[[3.0, 0.0], [0.0, 4.0]]]), p=1.0)
         tensor([[0.6000, 0.8000]])
 
@@ -63,7 +63,7 @@ def attention_map(features: Tensor, *, p: float = 2.0) -> Tensor:
 def attention_transfer_loss(student: Tensor, teacher: Tensor, *, p: float = 2.0) -> Tensor:
     """``||attention_map(student) - attention_map(teacher)||_2^2``, mean over the batch. Channels may differ, positions may not.
 
-    Example:
+    Examples:
         >>> a = torch.tensor([[[1.0, 0.0]]])
         >>> attention_transfer_loss(a, a.flip(2)).item()
         2.0
@@ -92,7 +92,7 @@ def attention_transfer_loss(student: Tensor, teacher: Tensor, *, p: float = 2.0)
 def similarity_preserving_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """``||G_S - G_T||_F^2 / N^2``, with ``G = Q Q^T`` of the flattened features Q (N, D), each row of G scaled to norm 1.
 
-    Example:
+    Examples:
         >>> similarity_preserving_loss(torch.eye(2), torch.ones(2, 2)).item()
         0.292893...
 
@@ -122,7 +122,7 @@ def rkd_loss(student: Tensor, teacher: Tensor, *, distance: float = 25.0, angle:
     d is the distance of two embeddings over the mean distance of all pairs, cos the cosine of the angle that embeddings i and k span at j.
     The means run over ordered pairs and triplets of different samples. Memory grows with N^3.
 
-    Example:
+    Examples:
         >>> x = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
         >>> rkd_loss(3 * x, x).item() < 1e-6
         True

@@ -24,7 +24,7 @@ from gossamer.errors import UsageError
 def standardize_logits(logits: Tensor, *, eps: float = 1e-7) -> Tensor:
     """``(z - mean(z)) / (std(z) + eps)`` over the classes, with the population's standard deviation.
 
-    Example:
+    Examples:
         >>> standardize_logits(torch.tensor([[1.0, 3.0]]))
         tensor([[-1.0000,  1.0000]])
 
@@ -57,7 +57,7 @@ def kd_loss(
     The mean runs over the batch, and over positions where there are any; the sum over classes. The gradient with respect to the student's
     logits is ``((1 - alpha) * (softmax(z_S) - y) + alpha * tau * (softmax(z_S / tau) - softmax(z_T / tau))) / N``.
 
-    Example:
+    Examples:
         >>> z = torch.tensor([[2.0, 0.0, -1.0]])
         >>> kd_loss(z, z, alpha=1.0).item()
         0.0
@@ -112,7 +112,7 @@ def dkd_loss(
     target, all at temperature tau. Plain KD is ``TCKD + (1 - p_t) * NCKD``, p_t of the teacher. ``log(1 - p_t)`` is the logarithm of a sum
     over the others, so that no student is too confident for it.
 
-    Example:
+    Examples:
         >>> z = torch.tensor([[2.0, 0.0, -1.0]])
         >>> round(dkd_loss(z, z, torch.tensor([0]), ce=0.0).item(), 4)
         0.0
@@ -156,7 +156,7 @@ def nkd_loss(
 
     S and T are the softmaxes of student and teacher at temperature 1, N their softmaxes over the other classes at temperature tau.
 
-    Example:
+    Examples:
         >>> z = torch.tensor([[2.0, 0.0, -1.0]])
         >>> round(nkd_loss(z, z, torch.tensor([0])).item(), 4)
         1.1865
@@ -205,7 +205,7 @@ def dist_loss(
     ``inter`` is the mean over samples of ``1 - corr(s_r, t_r)`` of their rows of probabilities, ``intra`` the mean over classes of
     ``1 - corr(s_c, t_c)`` of their columns, both softmaxes at temperature tau. A row or column without variance correlates with nothing.
 
-    Example:
+    Examples:
         >>> z = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.5, 3.0]])
         >>> abs(dist_loss(z, z, ce=0.0).item()) < 1e-6, round(dist_loss(z, z.flip(0), ce=0.0).item(), 2)
         (True, 3.7)

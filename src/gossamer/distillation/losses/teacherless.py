@@ -21,7 +21,7 @@ def self_distillation_loss(
     The virtual teacher gives ``correct`` to the true class and the rest evenly to the others, softened at temperature tau
     (its probabilities to the power of 1 / tau, normalised).
 
-    Example:
+    Examples:
         >>> z = torch.tensor([[0.9, 0.05, 0.05]]).log()
         >>> round(self_distillation_loss(z, torch.tensor([0]), alpha=1.0).item(), 4)
         0.0

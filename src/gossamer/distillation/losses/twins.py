@@ -153,7 +153,7 @@ class RegressionKD(OutputLoss):
 class Combined(OutputLoss):
     """A weighted sum of output losses.
 
-    Example:
+    Examples:
         >>> import torch
         >>> both = Combined([(KD(alpha=1.0), 0.5), (DIST(ce=0.0), 2.0)])
         >>> z = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.5, 3.0]])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 def round_channels(channels: float, multiple: int = 8) -> int:
     """The multiple of ``multiple`` nearest to ``channels``, but never more than 10% below it and never 0.
 
-    Example:
+    Examples:
         >>> [round_channels(c) for c in (3, 24 * 0.75, 32 * 0.35, 1280 * 0.5)]
         [8, 24, 16, 640]
 
@@ -31,7 +31,7 @@ def round_channels(channels: float, multiple: int = 8) -> int:
 class ConvBNAct(nn.Sequential):
     """Convolution without bias, batch normalisation, and an activation where one is given.
 
-    Example:
+    Examples:
         >>> import torch
         >>> ConvBNAct(3, 8, stride=2)(torch.zeros(1, 3, 8, 8)).shape
         torch.Size([1, 8, 4, 4])
@@ -69,7 +69,7 @@ class ConvBNAct(nn.Sequential):
 class DepthwiseSeparable(nn.Sequential):
     """A depthwise 3x3 convolution, then a 1x1 one that mixes channels; each with normalisation and activation.
 
-    Example:
+    Examples:
         >>> import torch
         >>> DepthwiseSeparable(8, 16, stride=2)(torch.zeros(1, 8, 8, 8)).shape
         torch.Size([1, 16, 4, 4])
@@ -94,7 +94,7 @@ class DepthwiseSeparable(nn.Sequential):
 class SqueezeExcite(nn.Module):
     """Scale each channel by a gate in [0, 1] that two 1x1 convolutions compute from the means of all channels.
 
-    Example:
+    Examples:
         >>> import torch
         >>> SqueezeExcite(16, 8)(torch.zeros(1, 16, 4, 4)).shape
         torch.Size([1, 16, 4, 4])
@@ -124,7 +124,7 @@ class SqueezeExcite(nn.Module):
 class Fire(nn.Module):
     """Narrow by a 1x1 convolution, then widen by 1x1 and 3x3 ones side by side; no normalisation.
 
-    Example:
+    Examples:
         >>> import torch
         >>> Fire(16, 4, 8)(torch.zeros(1, 16, 4, 4)).shape
         torch.Size([1, 16, 4, 4])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 class DenseLayer(nn.Module):
     """Normalise, narrow by a 1x1 convolution, filter by a 3x3 one: the new channels of one layer. Names as in torchvision's DenseNets.
 
-    Example:
+    Examples:
         >>> DenseLayer(16, 8)(torch.zeros(1, 16, 4, 4)).shape
         torch.Size([1, 8, 4, 4])
 
@@ -42,7 +42,7 @@ class DenseLayer(nn.Module):
 class DenseBlock(nn.ModuleDict):
     """Layers in a row, each of which takes the block's input and the outputs of all layers before it.
 
-    Example:
+    Examples:
         >>> DenseBlock(16, 8, layers=3)(torch.zeros(1, 16, 4, 4)).shape
         torch.Size([1, 40, 4, 4])
 
@@ -68,7 +68,7 @@ class DenseBlock(nn.ModuleDict):
 class Transition(nn.Sequential):
     """Between dense blocks: normalise, mix channels by a 1x1 convolution, halve H and W by averaging.
 
-    Example:
+    Examples:
         >>> Transition(16, 8)(torch.zeros(1, 16, 4, 4)).shape
         torch.Size([1, 8, 2, 2])
 

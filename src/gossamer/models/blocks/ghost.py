@@ -13,7 +13,7 @@ from gossamer.models.blocks.convolution import ConvBNAct, SqueezeExcite, round_c
 class GhostModule(nn.Module):
     """A 1x1 convolution for some of the channels, and a depthwise 3x3 one of these for the others.
 
-    Example:
+    Examples:
         >>> GhostModule(8, 16)(torch.zeros(1, 8, 4, 4)).shape
         torch.Size([1, 16, 4, 4])
 
@@ -48,7 +48,7 @@ class GhostModule(nn.Module):
 class GhostBottleneck(nn.Module):
     """Widen and narrow by ghost modules, with a depthwise convolution between them at stride 2; add the shortcut.
 
-    Example:
+    Examples:
         >>> GhostBottleneck(8, 16, middle=32, stride=2)(torch.zeros(1, 8, 4, 4)).shape
         torch.Size([1, 16, 2, 2])
 

@@ -13,7 +13,7 @@ from gossamer.models.blocks.convolution import ConvBNAct, SqueezeExcite, round_c
 class InvertedResidual(nn.Module):
     """Widen by a 1x1 convolution, filter depthwise, narrow by a linear 1x1 convolution; add the input where the shapes agree.
 
-    Example:
+    Examples:
         >>> import torch
         >>> InvertedResidual(8, 8, expand=6)(torch.zeros(1, 8, 4, 4)).shape
         torch.Size([1, 8, 4, 4])
@@ -48,7 +48,7 @@ class InvertedResidual(nn.Module):
 class InvertedResidualSE(nn.Module):
     """An inverted residual with a kernel and a width of its own, and squeeze-and-excite after the depthwise convolution where asked for.
 
-    Example:
+    Examples:
         >>> import torch
         >>> InvertedResidualSE(8, 8, middle=24, kernel=5)(torch.zeros(1, 8, 4, 4)).shape
         torch.Size([1, 8, 4, 4])

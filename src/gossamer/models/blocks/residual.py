@@ -10,7 +10,7 @@ from gossamer.models.blocks.convolution import ConvBNAct
 class BasicResidual(nn.Module):
     """Two 3x3 convolutions and a shortcut, which is a 1x1 convolution where the shapes differ.
 
-    Example:
+    Examples:
         >>> import torch
         >>> BasicResidual(8, 16, stride=2)(torch.zeros(1, 8, 4, 4)).shape
         torch.Size([1, 16, 2, 2])
@@ -39,7 +39,7 @@ class BasicResidual(nn.Module):
 class BasicBlock(nn.Module):
     """`BasicResidual` with the parameter names of torchvision's ResNets.
 
-    Example:
+    Examples:
         >>> import torch
         >>> BasicBlock(8, 16, stride=2)(torch.zeros(1, 8, 4, 4)).shape
         torch.Size([1, 16, 2, 2])
@@ -71,7 +71,7 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     """Narrow by a 1x1 convolution, filter by a 3x3 one, widen by a 1x1 one; add the shortcut. Names as in torchvision's ResNets.
 
-    Example:
+    Examples:
         >>> import torch
         >>> Bottleneck(16, 32, stride=2)(torch.zeros(1, 16, 4, 4)).shape
         torch.Size([1, 32, 2, 2])

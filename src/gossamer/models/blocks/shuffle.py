@@ -12,7 +12,7 @@ from gossamer.models.blocks.convolution import ConvBNAct
 class ChannelShuffle(nn.Module):
     """Deal the channels out anew: the first of each group, then the second of each, and so on.
 
-    Example:
+    Examples:
         >>> ChannelShuffle(2)(torch.arange(6.0).reshape(1, 6, 1, 1)).flatten().tolist()
         [0.0, 3.0, 1.0, 4.0, 2.0, 5.0]
 
@@ -34,7 +34,7 @@ class ChannelShuffle(nn.Module):
 class GroupedShuffle(nn.Module):
     """A grouped 1x1 convolution, a shuffle, a depthwise 3x3 and another grouped 1x1 convolution; add the input where the shapes agree.
 
-    Example:
+    Examples:
         >>> GroupedShuffle(24, 24, groups=3)(torch.zeros(1, 24, 4, 4)).shape
         torch.Size([1, 24, 4, 4])
 
@@ -74,7 +74,7 @@ class GroupedShuffle(nn.Module):
 class ShuffleUnit(nn.Module):
     """Filter half of the channels depthwise, keep or filter the other half, and shuffle both. Names as in torchvision's ShuffleNetV2.
 
-    Example:
+    Examples:
         >>> ShuffleUnit(8, 16, stride=2)(torch.zeros(1, 8, 4, 4)).shape
         torch.Size([1, 16, 2, 2])
 

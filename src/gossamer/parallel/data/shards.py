@@ -144,7 +144,7 @@ class Shards(Replicas):
 def blocks_to_shard(model: nn.Module, called: Mapping[str, int]) -> list[str]:
     """The outermost numbered modules that run once in a forward pass and share no parameter with others; of a graph none.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
         >>> blocks_to_shard(net, {"0": 1, "1": 1, "2": 1})
         ['0', '2']

@@ -19,7 +19,7 @@ from gossamer.training.feeding import Part, mix, samples_of, seed_epoch, seed_to
 def bounds(n: int, rank: int, ranks: int) -> tuple[int, int]:
     """Where a process's part of ``n`` samples begins and ends; the first ones have one more where it does not divide.
 
-    Example:
+    Examples:
         >>> [bounds(5, rank, 3) for rank in range(3)]
         [(0, 2), (2, 4), (4, 5)]
     """
@@ -30,7 +30,7 @@ def bounds(n: int, rank: int, ranks: int) -> tuple[int, int]:
 def part_of(raw: Any, rank: int, ranks: int, example_inputs: ExampleInputs = None) -> Part:
     """A process's part of a batch that every process has in full.
 
-    Example:
+    Examples:
         >>> part = part_of((torch.arange(5), torch.arange(5) * 10), 1, 2)
         >>> part.raw, part.n, part.total
         ((tensor([3, 4]), tensor([30, 40])), 2, 5)

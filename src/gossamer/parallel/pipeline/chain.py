@@ -61,7 +61,7 @@ def size_bytes(node: fx.Node) -> int:
 def chain_of(model: nn.Module, example_inputs: ExampleInputs) -> Chain:
     """Write a network in train mode down as a chain of operations.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> chain = chain_of(net, (torch.zeros(3, 4),))
         >>> [n.name for n in chain.operations], [chain.crossing_bytes(p) for p in range(4)]

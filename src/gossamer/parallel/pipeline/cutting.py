@@ -45,7 +45,7 @@ Allowed = Callable[[np.ndarray, int], np.ndarray]
 class Balance:
     """For each number of stages up to a largest, positions that make the slowest stage fastest; of several such, those that send least.
 
-    Example:
+    Examples:
         >>> balance = Balance([1, 1, 2, 4], [0, 9, 1, 1, 0], 3, lambda firsts, end: firsts < end)
         >>> balance.positions(2), balance.positions(3)
         ((0, 3, 4), (0, 2, 3, 4))

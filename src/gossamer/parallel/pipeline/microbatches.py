@@ -19,7 +19,7 @@ from gossamer.training.feeding import samples_of, take_apart
 def choose_size(batch_size: int, ranks: int, parallel: Parallel) -> int:
     """Samples of a micro-batch.
 
-    Example:
+    Examples:
         >>> choose_size(32, 2, Parallel(data=2, pipeline=2)), choose_size(6, 1, Parallel(pipeline=2, microbatches=3))
         (4, 2)
 
@@ -69,7 +69,7 @@ def uneven(n: int, whole: int) -> str:
 def pieces(batch: Batch, size: int) -> list[Batch]:
     """A batch as micro-batches: what has a row for each sample is cut, all else is in each.
 
-    Example:
+    Examples:
         >>> import torch
         >>> [b.args[0].tolist() for b in pieces(Batch((torch.arange(4),), {}, torch.arange(4)), 2)]
         [[0, 1], [2, 3]]

@@ -35,7 +35,7 @@ class Stage:
 def stage_of(chain: Chain, cut: Cut, index: int) -> Stage:
     """Take one stage out of a chain.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from gossamer.parallel.pipeline import chain_of, cut_chain
         >>> chain = chain_of(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), (torch.zeros(3, 4),))

@@ -127,7 +127,7 @@ class Work:
 def predicted_seconds(chain: Chain, machine: Machine) -> list[float]:
     """Seconds of each operation, forward and backward: the longer of computing and moving its bytes.
 
-    Example:
+    Examples:
         >>> from gossamer.parallel.pipeline.chain import chain_of
         >>> chain = chain_of(torch.nn.Linear(100, 10), (torch.zeros(50, 100),))
         >>> [round(1e6 * s) for s in predicted_seconds(chain, Machine(flops=1e9, memory_bandwidth=1e12, launch_s=0.0))]

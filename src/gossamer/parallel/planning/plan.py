@@ -234,7 +234,7 @@ def plan_parallel(
 ) -> ParallelPlan:
     """Every way to split a training over processes: memory, what is sent, and predicted time of a step.
 
-    Example:
+    Examples:
         >>> import torch
         >>> net = nn.Sequential(nn.Linear(512, 2048), nn.ReLU(), nn.Linear(2048, 10))
         >>> plan = plan_parallel(net, (torch.zeros(2, 512),), world=2, batch_size=64, machine=Machine(bandwidth=1e9))

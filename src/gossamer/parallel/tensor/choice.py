@@ -75,7 +75,7 @@ class Choice:
 def choose(model: nn.Module, traced: Trace, degree: int, refused: Mapping[str, str] | None = None) -> Choice:
     """Choose what to split among ``degree`` ranks.
 
-    Example:
+    Examples:
         >>> from gossamer.trace import trace
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
         >>> choice = choose(net, trace(net, (torch.zeros(1, 4),)), 2)

@@ -47,7 +47,7 @@ class LearnedStep(nn.Module):
 class RoundedActivation(LearnedStep):
     """Rounds an activation as an edit says, with a step that is trained; the zero point stays.
 
-    Example:
+    Examples:
         >>> edit = QuantizeActivation(point="input:0", bits=8, signed=False, step=0.5, zero_point=0)
         >>> RoundedActivation(edit)(torch.tensor([-1.0, 0.6, 999.0]))
         tensor([  0.0000,   0.5000, 127.5000], grad_fn=<_RoundActivationBackward>)
@@ -76,7 +76,7 @@ class RoundedActivation(LearnedStep):
 class RoundedWeight(LearnedStep):
     """Rounds a weight as an edit says, with steps that are trained.
 
-    Example:
+    Examples:
         >>> edit = QuantizeWeight(tensor="w", bits=2, axis=0, signed=True, steps=(1.0, 0.5), zero_points=(0, 0))
         >>> RoundedWeight(edit)(torch.tensor([[0.6, 9.0], [0.6, -9.0]])).tolist()
         [[1.0, 1.0], [0.5, -1.0]]

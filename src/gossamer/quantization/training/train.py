@@ -40,7 +40,7 @@ def train_quantized(
     Gradients pass straight through the rounding; steps get LSQ's. Norms that were folded normalise by the batch at first, then by
     their running statistics, which is what the deployed kernel computes. Zeros of masks stay zero.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from gossamer.quantization import quantize
         >>> x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))

@@ -48,7 +48,7 @@ class Timeline:
 def record(work: Callable[[], None], device: torch.device) -> Timeline:
     """Run something and see what its tensors take on a device.
 
-    Example:
+    Examples:
         >>> record(lambda: torch.zeros(1000).sum(), torch.device("cpu")).peak_bytes >= 4000
         True
     """

@@ -33,7 +33,7 @@ def explain_memory(
 ) -> MemoryReport:
     """Measure what a training step takes on the first batch: weights, gradients, optimiser state, and activations block by block.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 2))
         >>> report = explain_memory(net, [(torch.zeros(64, 256), torch.zeros(64, dtype=torch.long))])
         >>> report.weight_bytes == report.gradient_bytes, report.peak_bytes > 4 * report.weight_bytes

@@ -96,7 +96,7 @@ def plan_memory(
 def as_bytes(budget: str | int | None) -> int | None:
     """A budget as bytes; UsageError where it is none.
 
-    Example:
+    Examples:
         >>> as_bytes("400MB"), as_bytes(1024)
         (400000000, 1024)
     """

@@ -29,7 +29,7 @@ DEAR = {
 def recomputing(model: nn.Module, modes: Mapping[str, Mode]) -> Iterator[None]:
     """Blocks named in ``modes`` are computed twice while this is open; parameter names, hooks and state dicts stay as they are.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 2))
         >>> with recomputing(net, {"0": "full"}):
         ...     net(torch.ones(1, 4)).sum().backward()
