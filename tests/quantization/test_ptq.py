@@ -20,6 +20,7 @@ from gossamer.exporting import first_divergence
 from gossamer.flow.measure import _check_faithful
 from gossamer.quantization.absorption import absorb_biases
 from gossamer.quantization.allocation import allocate
+from gossamer.quantization.calibration import parts
 from gossamer.quantization.canonical import canonical
 from gossamer.quantization.equalization import equalize, find_wires
 from gossamer.quantization.observers import Channels
@@ -130,7 +131,9 @@ def test_biases_are_absorbed_where_a_channel_never_falls_below_them(tmp_path):
     seen = {n: Channels() for w in wires for n in w.nodes if "relu" in n.name}
     for n, channels in seen.items():
         channels.update(values[n])
+    spread = {n: c.variance() for n, c in seen.items()}
     assert absorb_biases(graph, wires, seen) == 1  # what a padded convolution reads keeps its biases
+    assert all(torch.equal(c.variance(), spread[n]) for n, c in seen.items())  # a channel that is moved varies as before
     with torch.no_grad():
         assert torch.allclose(graph(DATA[0]), net(DATA[0]), atol=1e-4)
         assert max(float(c.largest.max()) for c in seen.values()) < 20
@@ -138,6 +141,35 @@ def test_biases_are_absorbed_where_a_channel_never_falls_below_them(tmp_path):
     assert "biases of 1 layers absorbed by the layers that read them" in result.notes
     assert sqnr(net) > sqnr(net, equalize=False) + 6
     assert torch.equal(gs.load(result.save(tmp_path / "run"), net)(DATA[3]), result.model(DATA[3]))
+
+
+@pytest.mark.parametrize("far", [0.0, 3000.0])
+def test_variances_of_channels_equal_numpy_in_any_number_of_batches(far):
+    x = torch.randn(12, 3, 5, 4) + far
+    seen = Channels()
+    for part in x.split([5, 1, 6]):
+        seen.update(part)
+    want = x.double().numpy().var((0, 2, 3))
+    np.testing.assert_allclose(seen.variance().numpy(), want, rtol=1e-3)
+
+
+def test_samples_run_few_at_a_time_give_the_same_steps_and_as_good_a_network(monkeypatch):
+    net = inverted()
+    graph, leaves = canonical(capture(net, INPUTS)), [torch.cat(DATA)]
+    options = [{"observer": "mse"}, {"observer": "moving_average"}]
+    whole = [gs.quantize(net, INPUTS, calibration=DATA[:3], equalize=False, **o) for o in options]
+    one = parts(graph, leaves, 1000)
+    monkeypatch.setattr("gossamer.quantization.calibration._PART_BYTES", 2 * 12 * 16 * 16 * 4)
+    few = parts(graph, leaves, 1000)
+    assert len(one) == 1
+    assert len(few) > 3
+    assert torch.equal(torch.cat([p[0] for p in few]), leaves[0])
+    for o, expected, spread in zip(options, whole, (0.02, 0.0), strict=True):  # extremes of a batch are those of all of it
+        found = gs.quantize(net, INPUTS, calibration=DATA[:3], equalize=False, **o)
+        steps = [[e.step for e in r.plan.edits if e.kind == "quantize_activation"] for r in (found, expected)]
+        assert steps[0] == pytest.approx(steps[1], rel=spread, abs=0)
+        with torch.no_grad():
+            assert db(net(DATA[3]), found.model(DATA[3])) > db(net(DATA[3]), expected.model(DATA[3])) - 2
 
 
 def test_wires_that_cannot_be_scaled_say_why():

@@ -48,7 +48,7 @@ def absorb_biases(module: fx.GraphModule, wires: Iterable[Wire], seen: Mapping[f
             continue
         _move(module, wire, c)
         for p in points:
-            p.largest, p.smallest, p.sums = p.largest - c, p.smallest - c, p.sums - p.count * c.double()
+            p.largest, p.smallest, p.mean = p.largest - c, p.smallest - c, p.mean - c.double()
         changed += 1
     return changed
 

@@ -114,7 +114,7 @@ def influences(module: fx.GraphModule, histograms: Mapping[fx.Node, Histogram], 
             for part in parts(module, leaves, _at_once(module)):
                 for node, x, gradient in _derivatives(module, found, part, generator):
                     found[node].update(x, gradient)
-    except (RuntimeError, NotImplementedError):  # no derivative of some operator, or of values in place
+    except RuntimeError:  # no derivative of some operator, or of values in place
         return {}
     most = max((len(i._sums) for i in found.values()), default=0)
     return {n: i for n, i in found.items() if most and len(i._sums) == most}

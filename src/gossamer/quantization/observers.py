@@ -145,7 +145,7 @@ class Channels:
 
     def __init__(self) -> None:
         self.largest, self.smallest = torch.zeros(()), torch.full((), torch.inf)
-        self.count, self.sums, self.squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        self.count, self.mean, self.scatter = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
 
     def update(self, x: Tensor) -> None:
         """Count values of shape (batch, channels, ...)."""
@@ -153,13 +153,15 @@ class Channels:
         low, high = rows.aminmax(dim=1)
         self.largest = torch.maximum(self.largest.to(low), torch.maximum(high, -low))
         self.smallest = torch.minimum(self.smallest.to(low), low)
-        self.count += rows.shape[1]
-        self.sums = self.sums.to(rows.device) + rows.sum(1).double()
-        self.squares = self.squares.to(rows.device) + rows.square().sum(1).double()
+        mean, new = rows.mean(1), rows.shape[1]
+        scatter, apart = (rows - mean[:, None]).square().sum(1).double(), mean.double() - self.mean.to(rows.device)
+        share = new / (self.count + new)
+        self.scatter = self.scatter.to(rows.device) + scatter + self.count * share * apart.square()
+        self.mean, self.count = self.mean.to(rows.device) + share * apart, self.count + new
 
     def variance(self) -> Tensor:
         """Of each channel, float32."""
-        return (self.squares / self.count - (self.sums / self.count) ** 2).clamp(min=0).float()
+        return (self.scatter / self.count).float()
 
 
 def rounding_error(x_B: Tensor, low_N: Tensor, high_N: Tensor, bits: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from gossamer.plan import QuantizeActivation
-from gossamer.quantization.calibration import parts, sample
+from gossamer.quantization.calibration import leading, parts, sample
 from gossamer.quantization.edits import activation_edit
 from gossamer.quantization.influence import influences
 from gossamer.quantization.observers import Histogram
@@ -38,7 +38,7 @@ def ranges_by_outputs(module: fx.GraphModule, points: Points, histograms: Mappin
     Returns:
         A note.
     """
-    found = influences(module, histograms, [x[:_SAMPLES] if isinstance(x, Tensor) and x.dim() else x for x in leaves])
+    found = influences(module, histograms, leading(module, leaves, _SAMPLES))
     if not found:
         return "ranges of activations have the least squared error: what the outputs depend on cannot be derived"
     for node, influence in found.items():

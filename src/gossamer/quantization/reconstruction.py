@@ -59,6 +59,7 @@ def reconstruct(
     pieces = [(_Walker(floating, part), _Walker(quantised, part)) for part in parts(floating, leaves)]
     originals = {n.name: n for n in floating.graph.nodes}
     calls = Counter(weight_name(n) for n in weighted_nodes(floating.graph))
+    twins = {n.name: n for n in quantised.graph.nodes}
     layers = [n for n in weighted_nodes(quantised.graph) if n.name in originals]
     shifts: dict[str, Tensor] = {}
     with torch.no_grad():
@@ -72,7 +73,7 @@ def reconstruct(
                 ours.walk(original)
                 theirs.walk(layer)
                 aims.append(Clipped(ours.run_node(original), *ends))
-                besides.append(_error_beside(original, aims[-1].wanted, ours, theirs) if rounding != "nearest" else None)
+                besides.append(_error_beside(original, aims[-1].wanted, ours, theirs, twins) if rounding != "nearest" else None)
             if refit:
                 inputs = [(ours.env[original.args[0]], theirs.env[layer.args[0]]) for ours, theirs in pieces]  # type: ignore[index]
                 if _refit(floating, quantised, original, name, bits[name], inputs, rounding, besides, aims):
@@ -188,12 +189,12 @@ def seen_range(layer: fx.Node) -> tuple[float, float]:
     return low, max(low, high)
 
 
-def _error_beside(layer: fx.Node, wanted: Tensor, ours: _Walker, theirs: _Walker) -> Tensor | None:
+def _error_beside(layer: fx.Node, wanted: Tensor, ours: _Walker, theirs: _Walker, twins: Mapping[str, fx.Node]) -> Tensor | None:
     """The error of what a layer's output is added to, where that is there already: the layer can make up for it."""
     if len(layer.users) != 1 or op_name(joined := next(iter(layer.users))) != "add" or len(joined.args) != 2 or joined.kwargs:
         return None
     place = 1 if joined.args[0] is layer else 0
-    twin = next((n for n in theirs.module.graph.nodes if n.name == joined.name), None)  # type: ignore[union-attr]
+    twin = twins.get(joined.name)
     other, arrived = joined.args[place], twin.args[place] if twin is not None else None
     if other not in ours.env or arrived not in theirs.env or layer.meta["val"].shape != other.meta["val"].shape:  # type: ignore[union-attr]
         return None
