@@ -36,15 +36,14 @@ class Observer(fx.Interpreter):
         result = super().run_node(n)
         if isinstance(result, Tensor):
             self.largest = max(self.largest, result.numel() * result.element_size())
+        ends = self.channels[n].update(result) if n in self.channels else None
         if n in self.histograms:
             try:
-                self.histograms[n].update(result)
+                self.histograms[n].update(result, ends)
             except ValueError:
                 raise UsageError(
                     f"calibration gives NaN or infinity at {self.names[n]}: check the network's weights and the inputs"
                 ) from None
-        if n in self.channels:
-            self.channels[n].update(result)
         return result
 
 

@@ -24,6 +24,8 @@ BINS = 8192
 _AT_ONCE, _BYTES = 8, 1 << 30  # samples whose derivatives are held at once, and bytes of values, which bound them too
 _ROOM = 1.1  # ranges are judged on the values and on ones that go so much further, as other data may
 _LEAST_SAMPLES = 8
+_COARSE, _FINE = torch.logspace(0, -1.3, 27), torch.linspace(1.12, 0.88, 17)  # fractions of a range that are tried
+_TWO_SIDED = ("high", _COARSE), ("low", _COARSE), ("high", _FINE), ("low", _FINE)
 
 
 class Influence:
@@ -62,8 +64,8 @@ class Influence:
         return x_B
 
     def noise(self, low_N: Tensor, high_N: Tensor, bits: int, sums_SB: Tensor, room: float = 1.0) -> Tensor:
-        """Squared error of the outputs over their mean square with each range, (N,), the values times ``room``."""
-        return (rounding_error(self.values() * room, low_N, high_N, bits) @ sums_SB.T).square_().mean(1)
+        """Squared error of each sample's outputs over their mean square with each range, (N, S), the values times ``room``."""
+        return (rounding_error(self.values() * room, low_N, high_N, bits) @ sums_SB.T).square_()
 
     def least(self, usual: tuple[float, float], bits: int, kept: slice = slice(None)) -> tuple[float, float]:
         """The range of least noise, or the usual one, unless each half of the samples bears out that what the other half gives is better.
@@ -76,25 +78,32 @@ class Influence:
         sums_SB = self.sums()[kept]
         if len(sums_SB) < _LEAST_SAMPLES or not bool(sums_SB.isfinite().all()):
             return usual
-        halves, found, before = (sums_SB[::2], sums_SB[1::2]), 0.0, 0.0
+        coarse = _times((self.low, self.high), _COARSE, "both")
+        noise_NS = self._judged(*coarse, bits, sums_SB)
+        halves, found, before = (slice(0, None, 2), slice(1, None, 2)), 0.0, 0.0
         for fitted, other in (halves, halves[::-1]):
-            found += self._judged(*_at(self._search(bits, fitted)), bits, other).item()
-            before += self._judged(*_at(usual), bits, other).item()
-        return self._search(bits, sums_SB) if found < before else usual
+            start = coarse[0][best := int(noise_NS[:, fitted].mean(1).argmin())].item(), coarse[1][best].item()
+            half = self._refined(start, bits, sums_SB[fitted])
+            lows, highs = torch.tensor([half[0], usual[0]]), torch.tensor([half[1], usual[1]])
+            noise_2S = self._judged(lows, highs, bits, sums_SB[other])
+            found, before = found + noise_2S[0].mean().item(), before + noise_2S[1].mean().item()
+        if found >= before:
+            return usual
+        best = int(noise_NS.mean(1).argmin())
+        return self._refined((coarse[0][best].item(), coarse[1][best].item()), bits, sums_SB)
 
     def _judged(self, low_N: Tensor, high_N: Tensor, bits: int, sums_SB: Tensor) -> Tensor:
-        return sum((self.noise(low_N, high_N, bits, sums_SB, room) for room in (1.0, _ROOM)), torch.zeros(()))
+        return self.noise(low_N, high_N, bits, sums_SB) + self.noise(low_N, high_N, bits, sums_SB, _ROOM)
 
-    def _search(self, bits: int, sums_SB: Tensor) -> tuple[float, float]:
-        (low, high), fractions = _at((self.low, self.high)), torch.logspace(0, -1.3, 61)
-        one_sided = 0.0 in (self.low, self.high)
-        for sides in ("both", "both") if one_sided else ("both", "high", "low", "high", "low"):
-            lows = low * fractions if sides in ("both", "low") else low.expand(len(fractions))
-            highs = high * fractions if sides in ("both", "high") else high.expand(len(fractions))
-            best = int(self._judged(lows, highs, bits, sums_SB).argmin())
-            low, high = lows[best : best + 1].clamp(min=self.low), highs[best : best + 1].clamp(max=self.high)
-            fractions = torch.linspace(1.2, 0.7, 36)
-        return float(low), float(high)
+    def _refined(self, interval: tuple[float, float], bits: int, sums_SB: Tensor) -> tuple[float, float]:
+        low, high = interval
+        for sides, fractions in _TWO_SIDED if self.low < 0 < self.high else (("both", _FINE),):
+            if fractions is _COARSE:
+                low, high = self.low if sides == "low" else low, self.high if sides == "high" else high
+            lows, highs = _times((low, high), fractions, sides)
+            best = int(self._judged(lows, highs, bits, sums_SB).mean(1).argmin())
+            low, high = max(lows[best].item(), self.low), min(highs[best].item(), self.high)
+        return low, high
 
 
 def influences(module: fx.GraphModule, histograms: Mapping[fx.Node, Histogram], leaves: list[Any]) -> dict[fx.Node, Influence]:
@@ -162,5 +171,8 @@ def _at_once(module: fx.GraphModule) -> int:
     return int(max(1, min(_AT_ONCE, _BYTES // max(1, 3 * per_sample))))
 
 
-def _at(interval: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    return torch.tensor(interval[:1]), torch.tensor(interval[1:])
+def _times(interval: tuple[float, float], fractions: Tensor, sides: str) -> tuple[Tensor, Tensor]:
+    """Ranges with one end or both moved, (N,) each."""
+    low, high = interval
+    one = torch.ones_like(fractions)
+    return low * (one if sides == "high" else fractions), high * (one if sides == "low" else fractions)

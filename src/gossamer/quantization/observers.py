@@ -10,7 +10,7 @@ from torch import Tensor
 OBSERVERS = ("output", "mse", "percentile", "minmax", "moving_average", "entropy")
 BINS = 8192
 _MOMENTUM = 0.9  # what the moving average of a batch's extremes keeps of the batches before
-_MOST = 1 << 19  # elements of one tensor that go into the histogram; the extremes always see all
+_MOST = 1 << 18  # elements of one tensor that go into a histogram, or a variance; the extremes always see all
 
 
 class Histogram:
@@ -30,11 +30,11 @@ class Histogram:
         self.average: tuple[float, float] | None = None
         self.least_noise: Callable[[tuple[float, float], int], tuple[float, float]] | None = None
 
-    def update(self, x: Tensor) -> None:
-        """Count the values of ``x``, any shape. ValueError where one is NaN or infinite."""
+    def update(self, x: Tensor, ends: tuple[float, float] | None = None) -> None:
+        """Count the values of ``x``, any shape; ``ends`` are its extremes where they are known. ValueError where one is NaN or infinite."""
         if not x.numel():
             return
-        low, high = (float(v) for v in torch.aminmax(x))
+        low, high = ends or (float(v) for v in torch.aminmax(x))
         if not (low > -float("inf") and high < float("inf")):  # also true of NaN
             raise ValueError("not finite")
         self.low, self.high = min(self.low, low), max(self.high, high)
@@ -123,7 +123,7 @@ class Histogram:
         n_B = n_B / n_B.sum()
         fractions = torch.linspace(1.0, 0.25, 61)
         low, high = torch.tensor([self.low]), torch.tensor([self.high])
-        for sides in ("both", "high", "low", "high", "low"):
+        for sides in ("both", "both") if 0.0 in (self.low, self.high) else ("both", "high", "low", "high", "low"):
             tried_low = low * fractions if sides in ("both", "low") else low.expand(len(fractions))
             tried_high = high * fractions if sides in ("both", "high") else high.expand(len(fractions))
             best = int((rounding_error(x_B, tried_low, tried_high, bits).square_() @ n_B).argmin())
@@ -147,17 +147,19 @@ class Channels:
         self.largest, self.smallest = torch.zeros(()), torch.full((), torch.inf)
         self.count, self.mean, self.scatter = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
 
-    def update(self, x: Tensor) -> None:
-        """Count values of shape (batch, channels, ...)."""
-        rows = x.detach().movedim(1, 0).flatten(1)
-        low, high = rows.aminmax(dim=1)
+    def update(self, x: Tensor) -> tuple[float, float]:
+        """Count values of shape (batch, channels, ...), at least one; their extremes."""
+        x_SCN = x.detach().flatten(2) if x.dim() > 2 else x.detach()[:, :, None]
+        low, high = x_SCN.amin(2).amin(0), x_SCN.amax(2).amax(0)
         self.largest = torch.maximum(self.largest.to(low), torch.maximum(high, -low))
         self.smallest = torch.minimum(self.smallest.to(low), low)
+        rows = x_SCN[:, :, :: -(-x.numel() // _MOST)].movedim(1, 0).flatten(1)
         mean, new = rows.mean(1), rows.shape[1]
         scatter, apart = (rows - mean[:, None]).square().sum(1).double(), mean.double() - self.mean.to(rows.device)
         share = new / (self.count + new)
         self.scatter = self.scatter.to(rows.device) + scatter + self.count * share * apart.square()
         self.mean, self.count = self.mean.to(rows.device) + share * apart, self.count + new
+        return float(low.min()), float(high.max())
 
     def variance(self) -> Tensor:
         """Of each channel, float32."""

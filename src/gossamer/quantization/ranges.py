@@ -18,8 +18,8 @@ from gossamer.quantization.observers import Histogram
 from gossamer.quantization.ops import limits
 from gossamer.quantization.points import Points
 
-_SAMPLES = 128  # that derivatives are taken of
-_TRIED_ON = 32
+_SAMPLES = 64  # that derivatives are taken of
+_TRIED_ON = 24
 
 
 def ranges_by_outputs(module: fx.GraphModule, points: Points, histograms: Mapping[fx.Node, Histogram], leaves: list[Any], bits: int) -> str:
@@ -46,7 +46,7 @@ def ranges_by_outputs(module: fx.GraphModule, points: Points, histograms: Mappin
     edits = {o: {n: activation_edit(p, histograms[n], o, bits) for n, p in points.activations.items()} for o in ("mse", "output")}
     changed = sum(edits["mse"][n] != edits["output"][n] for n in found)
     other = sample(module, leaves, 1, _TRIED_ON)
-    noise = {o: output_noise(module, e, other) for o, e in edits.items()} if changed else {"mse": 0.0, "output": 0.0}
+    noise = output_noise(module, edits, other) if changed else {"mse": 0.0, "output": 0.0}
     for node, influence in found.items():
         histograms[node].least_noise = influence.least if noise["output"] < noise["mse"] else None
     tried = f"noise on other samples {noise['output']:.3g}, with the least squared error {noise['mse']:.3g}"
@@ -55,19 +55,21 @@ def ranges_by_outputs(module: fx.GraphModule, points: Points, histograms: Mappin
     )
 
 
-def output_noise(module: fx.GraphModule, edits: Mapping[fx.Node, QuantizeActivation], leaves: list[Any]) -> float:
-    """Squared error of the outputs over their mean square where activations alone are rounded; summed over outputs."""
-    sums: dict[int, list[float]] = {}
+def output_noise(
+    module: fx.GraphModule, choices: Mapping[str, Mapping[fx.Node, QuantizeActivation]], leaves: list[Any]
+) -> dict[str, float]:
+    """Squared error of the outputs over their mean square where activations alone are rounded, with each choice; summed over outputs."""
+    sums: dict[str, dict[int, list[float]]] = {choice: {} for choice in choices}
     with torch.no_grad():
         for part in parts(module, leaves):
-            wanted, got = (
-                pytree.tree_leaves(r.run(*part, enable_io_processing=False)) for r in (fx.Interpreter(module), _Rounding(module, edits))
-            )
-            for i, (a, b) in enumerate(zip(wanted, got, strict=True)):
-                if isinstance(a, Tensor) and a.is_floating_point():
-                    error, power = sums.setdefault(i, [0.0, 0.0])
-                    sums[i] = [error + float((a - b).square().sum()), power + float(a.square().sum())]
-    return sum(error / max(power, 1e-30) for error, power in sums.values())
+            wanted = pytree.tree_leaves(fx.Interpreter(module).run(*part, enable_io_processing=False))
+            for choice, edits in choices.items():
+                got = pytree.tree_leaves(_Rounding(module, edits).run(*part, enable_io_processing=False))
+                for i, (a, b) in enumerate(zip(wanted, got, strict=True)):
+                    if isinstance(a, Tensor) and a.is_floating_point():
+                        error, power = sums[choice].setdefault(i, [0.0, 0.0])
+                        sums[choice][i] = [error + float((a - b).square().sum()), power + float(a.square().sum())]
+    return {choice: sum(error / max(power, 1e-30) for error, power in found.values()) for choice, found in sums.items()}
 
 
 class _Rounding(fx.Interpreter):

@@ -19,7 +19,7 @@ from gossamer.quantization.observers import Channels
 from gossamer.quantization.points import Points
 from gossamer.quantization.reconstruction import reconstruct
 
-_SAMPLES = 32  # that scales are taken from, and as many others that they are tried on
+_SAMPLES = 16  # that scales are taken from, and as many others that they are tried on
 
 
 def equalize_where_it_helps(
