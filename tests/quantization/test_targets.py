@@ -20,16 +20,19 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_what_is_watched_is_what_numpy_computes():
-    w, x, q, beside = drawn(6, 4, 3, 3), drawn(5, 8, 7, 6, seed=1), drawn(5, 8, 7, 6, seed=2), drawn(5, 6, 4, 6, seed=3)
-    halves = watch(CONV, CONV.rows(w), x, q, beside)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_what_is_watched_is_what_numpy_computes(weighted):
+    w, x, q = drawn(6, 4, 3, 3), drawn(5, 8, 7, 6, seed=1), drawn(5, 8, 7, 6, seed=2)
+    weights = drawn(5, 4, 6, seed=4).exp() if weighted else None
+    halves = watch(CONV, CONV.rows(w), x, q, weights=weights)
 
     def check(found: tuple[torch.Tensor, torch.Tensor], index: slice) -> None:
-        output = F.conv2d(x, w, None, (2, 1), 1, groups=2) - F.conv2d(q, w, None, (2, 1), 1, groups=2) + beside
+        output = F.conv2d(x, w, None, (2, 1), 1, groups=2) - F.conv2d(q, w, None, (2, 1), 1, groups=2)
         for g in range(2):
             error = output[index, 3 * g : 3 * g + 3].movedim(1, 0).flatten(1).double().numpy()
             columns = F.unfold(q[index, 4 * g : 4 * g + 4], 3, 1, 1, (2, 1)).movedim(1, 0).flatten(1).double().numpy()
-            both = np.cov(np.concatenate([error, columns]), bias=True)
+            each = None if weights is None else weights[index].flatten().numpy()
+            both = np.cov(np.concatenate([error, columns]), bias=True, aweights=each)
             assert np.allclose(found[0][g].numpy(), both[3:, 3:], atol=1e-4)
             assert np.allclose(found[1][g].numpy(), both[:3, 3:], atol=1e-4)
 
@@ -82,7 +85,7 @@ def test_targets_are_ridge_regression_s():
 
 def test_errors_that_say_nothing_of_other_samples_move_nothing():
     shape, w, q = Geometry(1, 4, 30, (), (), (), ()), drawn(1, 4, 30), drawn(24, 30, seed=1)
-    found, share = target(w, watch(shape, w, q, q, drawn(24, 4, seed=2)))
+    found, share = target(w, watch(shape, w, q + drawn(24, 30, seed=2), q))
     assert share is None
     assert torch.equal(found, w)
     assert target(w, watch(shape, w, q[:1], q[:1]))[1] is None
@@ -100,37 +103,16 @@ def test_zeros_of_a_mask_stay_zero_and_others_make_up_for_them(rounding):
             assert codes.any()
 
 
-class Sum(nn.Module):
-    """Two layers and a sum; the last layer of the branch runs after what it is added to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.a, self.b, self.last = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 24, 1), nn.Conv2d(24, 12, 1), nn.Conv2d(12, 8, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.first(x).relu()
-        return self.last(x + self.b(self.a(x).relu()))
-
-
-@pytest.fixture
-def measured(monkeypatch):
-    def run(**left_out: object) -> float:
+def test_later_layers_make_up_for_earlier_ones(monkeypatch):
+    def noise() -> float:
         torch.manual_seed(1)
-        net, x, other = Sum().eval(), drawn(48, 3, 9, 9), drawn(48, 3, 9, 9, seed=5)
-        with monkeypatch.context() as patch:
-            for name, value in left_out.items():
-                patch.setattr(reconstruction, name, value)
-            bits = {"first": 2, "*": 4}
-            result = gs.quantize(net, (x[:1],), calibration=[x], weight_bits=bits, rounding="gptq", equalize=False, target="vnni")
+        net = nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 24, 1), nn.ReLU(), nn.Conv2d(24, 8, 1)).eval()
+        x, other = drawn(48, 3, 9, 9), drawn(48, 3, 9, 9, seed=5)
+        bits = {"0": 2, "*": 4}
+        result = gs.quantize(net, (x[:1],), calibration=[x], weight_bits=bits, rounding="gptq", equalize=False, target="vnni")
         with torch.no_grad():
             return float((result.model(other) - net(other)).square().sum() / net(other).square().sum())
 
-    return run
-
-
-def test_later_layers_make_up_for_earlier_ones_and_for_what_they_are_added_to(measured):
-    neither = measured(target=lambda w, seen: (w, None), _error_beside=lambda *_: None)
-    inputs = measured(_error_beside=lambda *_: None)
-    both = measured()
-    assert inputs < 0.85 * neither
-    assert both < inputs
+    fitted = noise()
+    monkeypatch.setattr(reconstruction, "target", lambda w, seen: (w, None))
+    assert fitted < 0.85 * noise()

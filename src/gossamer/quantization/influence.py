@@ -1,27 +1,24 @@
 """Ranges of activations by what rounding them does to the network's outputs, to first order.
 
 A value that sticks out sets the range where squared errors count alike, even if all that reads it has saturated there. With ``J`` the outputs' derivative by an
-activation and ``e`` its rounding error, the outputs are off by ``J e``; for random signs ``v`` the mean of ``(v' J e)^2`` is ``|J e|^2``, errors that add up
-or cancel included. One backward pass gives ``v' J``, and since ``e`` depends on the value alone, its sums over bins of values tell the noise of any range.
+activation and ``e`` its rounding error, the outputs are off by ``J e``, errors that add up or cancel included. `gossamer.quantization.derivatives` gives
+``v' J`` for random signs ``v``, and since ``e`` depends on the value alone, its sums over bins of values tell the noise of any range.
 
 Shapes: S samples, B bins, N candidates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
-from gossamer.quantization.calibration import parts
-from gossamer.quantization.graph import value
+from gossamer.quantization.derivatives import derivatives
 from gossamer.quantization.observers import Histogram, rounding_error
 
 BINS = 8192
-_AT_ONCE, _BYTES = 8, 1 << 30  # samples whose derivatives are held at once, and bytes of values, which bound them too
 _ROOM = 1.1  # ranges are judged on the values and on ones that go so much further, as other data may
 _LEAST_SAMPLES = 8
 _COARSE, _FINE = torch.logspace(0, -1.3, 27), torch.linspace(1.12, 0.88, 17)  # fractions of a range that are tried
@@ -117,58 +114,15 @@ def influences(module: fx.GraphModule, histograms: Mapping[fx.Node, Histogram], 
     found = {n: Influence(h.low, h.high) for n, h in histograms.items()}
     if not module.meta["dynamic_batch"]:
         return {}
-    generator = torch.Generator().manual_seed(0)
     try:
-        with torch.enable_grad():
-            for part in parts(module, leaves, _at_once(module)):
-                for node, x, gradient in _derivatives(module, found, part, generator):
-                    found[node].update(x, gradient)
+        for samples, found_there in derivatives(module, found, leaves):
+            for node, x, gradient in found_there:
+                if gradient.shape[0] % samples == 0:
+                    found[node].update(x.reshape(samples, -1), gradient.reshape(samples, -1))
     except RuntimeError:  # no derivative of some operator, or of values in place
         return {}
     most = max((len(i._sums) for i in found.values()), default=0)
     return {n: i for n, i in found.items() if most and len(i._sums) == most}
-
-
-def _derivatives(
-    module: fx.GraphModule, watched: Iterable[fx.Node], leaves: list[Any], generator: torch.Generator
-) -> list[tuple[fx.Node, Tensor, Tensor]]:
-    """Watched nodes, their values, and the derivative of a random combination of the outputs by each, both (samples, entries)."""
-    runner = _Recording(module, set(watched))
-    out, combined = runner.run(*leaves, enable_io_processing=False), list[Tensor]()
-    samples = next(x.shape[0] for x in leaves if isinstance(x, Tensor) and x.dim())
-    for t in pytree.tree_leaves(out):
-        if isinstance(t, Tensor) and t.requires_grad:
-            signs = (torch.randint(0, 2, t.shape, generator=generator) * 2 - 1).to(t)
-            combined.append((t * signs).sum() / (t.detach().square().sum() / samples).sqrt().clamp(min=1e-30))
-    if not combined:
-        return []
-    nodes = list(runner.values)
-    gradients = torch.autograd.grad(sum(combined[1:], combined[0]), [runner.values[n] for n in nodes], allow_unused=True)
-    return [
-        (n, runner.values[n].detach().reshape(samples, -1), g.reshape(samples, -1))
-        for n, g in zip(nodes, gradients, strict=True)
-        if g is not None and g.dim() and g.shape[0] % samples == 0
-    ]
-
-
-class _Recording(fx.Interpreter):
-    """Keeps the values of some nodes, with derivatives from there on."""
-
-    def __init__(self, module: fx.GraphModule, watched: set[fx.Node]) -> None:
-        super().__init__(module)
-        self.watched, self.values = watched, dict[fx.Node, Tensor]()
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if n in self.watched:
-            result = self.values[n] = result if result.requires_grad else result.detach().requires_grad_()
-        return result
-
-
-def _at_once(module: fx.GraphModule) -> int:
-    vals = [v for n in module.graph.nodes if n.op == "call_function" and (v := value(n)) is not None]
-    per_sample = sum(v.numel() / max(1, int(v.shape[0])) * v.element_size() for v in vals if v.dim())
-    return int(max(1, min(_AT_ONCE, _BYTES // max(1, 3 * per_sample))))
 
 
 def _times(interval: tuple[float, float], fractions: Tensor, sides: str) -> tuple[Tensor, Tensor]:

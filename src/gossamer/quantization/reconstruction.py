@@ -16,6 +16,7 @@ from gossamer.quantization.calibration import parts
 from gossamer.quantization.graph import CLIP, LINEAR, bias_node, op_name, tensor_at, weight_name, weighted_nodes
 from gossamer.quantization.moments import geometry
 from gossamer.quantization.ops import limits
+from gossamer.quantization.positions import position_weights
 from gossamer.quantization.rounding import damped, descend, fitted_steps, gptq
 from gossamer.quantization.targets import Clipped, joined, target, watch
 
@@ -36,7 +37,8 @@ def reconstruct(
 ) -> dict[str, Tensor]:
     """Fit codes, steps and biases in place, in execution order, each layer with the ones before it done.
 
-    Codes are chosen for the least change of the layer's output on what the quantised network feeds it (`gossamer.quantization.rounding`).
+    Codes are chosen for the least change of the layer's output on what the quantised network feeds it (`gossamer.quantization.rounding`), each position
+    counting as much as the network's outputs depend on it (`gossamer.quantization.positions`).
     Rounded weights and clipped activations also shift a channel's mean, and the next layers amplify it: the bias takes the shift. What differs
     only past a clip, or past the range that the output is rounded in, is no difference.
 
@@ -56,10 +58,11 @@ def reconstruct(
     Source:
         Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019, section 4.2, with measured means.
     """
-    pieces = [(_Walker(floating, part), _Walker(quantised, part)) for part in parts(floating, leaves)]
+    samples = parts(floating, leaves)
+    pieces = [(_Walker(floating, part), _Walker(quantised, part)) for part in samples]
+    weights = [{}] * len(pieces) if rounding == "nearest" else position_weights(floating, weighted_nodes(floating.graph), samples)
     originals = {n.name: n for n in floating.graph.nodes}
     calls = Counter(weight_name(n) for n in weighted_nodes(floating.graph))
-    twins = {n.name: n for n in quantised.graph.nodes}
     layers = [n for n in weighted_nodes(quantised.graph) if n.name in originals]
     shifts: dict[str, Tensor] = {}
     with torch.no_grad():
@@ -68,23 +71,19 @@ def reconstruct(
             name = str(weight_name(original))
             ends = seen_range(layer)
             refit = rounding != "nearest" and name in bits and calls[name] == 1
-            aims, besides = list[Clipped](), list[Tensor | None]()
+            aims = list[Clipped]()
             for ours, theirs in pieces:
                 ours.walk(original)
                 theirs.walk(layer)
                 aims.append(Clipped(ours.run_node(original), *ends))
-                besides.append(_error_beside(original, aims[-1].wanted, ours, theirs, twins) if rounding != "nearest" else None)
             if refit:
                 inputs = [(ours.env[original.args[0]], theirs.env[layer.args[0]]) for ours, theirs in pieces]  # type: ignore[index]
-                if _refit(floating, quantised, original, name, bits[name], inputs, rounding, besides, aims):
+                if _refit(floating, quantised, original, name, bits[name], inputs, rounding, aims, [w.get(original.name) for w in weights]):
                     for _, theirs in pieces:
                         theirs.again(layer.args[1], layer.args[2] if len(layer.args) > 2 else None)
             gots = [theirs.run_node(layer) for _, theirs in pieces]
             if bias_correction:
-                missing = [
-                    aim.error(aim.wanted if beside is None else aim.wanted + beside, got)
-                    for aim, beside, got in zip(aims, besides, gots, strict=True)
-                ]
+                missing = [aim.error(aim.wanted, got) for aim, got in zip(aims, gots, strict=True)]
                 shift = borne_out(layer, missing)
                 if shift_bias(quantised, layer, shift):
                     shifts[layer.name] = shift
@@ -189,19 +188,6 @@ def seen_range(layer: fx.Node) -> tuple[float, float]:
     return low, max(low, high)
 
 
-def _error_beside(layer: fx.Node, wanted: Tensor, ours: _Walker, theirs: _Walker, twins: Mapping[str, fx.Node]) -> Tensor | None:
-    """The error of what a layer's output is added to, where that is there already: the layer can make up for it."""
-    if len(layer.users) != 1 or op_name(joined := next(iter(layer.users))) != "add" or len(joined.args) != 2 or joined.kwargs:
-        return None
-    place = 1 if joined.args[0] is layer else 0
-    twin = twins.get(joined.name)
-    other, arrived = joined.args[place], twin.args[place] if twin is not None else None
-    if other not in ours.env or arrived not in theirs.env or layer.meta["val"].shape != other.meta["val"].shape:  # type: ignore[union-attr]
-        return None
-    seen = Clipped(wanted, *seen_range(twin))  # type: ignore[arg-type]
-    return seen.error(wanted + ours.env[other], wanted + theirs.env[arrived])  # type: ignore[index]
-
-
 def _refit(
     floating: fx.GraphModule,
     quantised: fx.GraphModule,
@@ -210,8 +196,8 @@ def _refit(
     bits: int,
     inputs: Sequence[tuple[Tensor, Tensor]],
     rounding: str,
-    besides: Sequence[Tensor | None],
     aims: Sequence[Clipped],
+    weights: Sequence[Tensor | None],
 ) -> bool:
     """New codes, and below 8 bits new steps, for one weight; False where the layer is not understood."""
     w = tensor_at(floating, name).detach()
@@ -225,8 +211,8 @@ def _refit(
     cut = math.isfinite(aims[0].low) or math.isfinite(aims[0].high)
     seen = joined(
         [
-            watch(shape, w_GRK, x, q, beside, aim if cut else None, len(inputs))
-            for (x, q), beside, aim in zip(inputs, besides, aims, strict=True)
+            watch(shape, w_GRK, x, q, aim if cut else None, len(inputs), each)
+            for (x, q), aim, each in zip(inputs, aims, weights, strict=True)
         ]
     )
     w_GRK, _ = target(w_GRK, seen)

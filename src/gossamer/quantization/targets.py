@@ -39,22 +39,24 @@ class Clipped:
 
 @dataclass(frozen=True)
 class Seen:
-    """Moments over positions of some samples, in float64: means of the arriving inputs ``q`` and of the output's errors ``e``, and sums of products about
+    """Moments over positions of some samples, weighted or not, in float64: means of the arriving inputs ``q`` and of the output's errors ``e``, and sums of products about
     the means, which are taken part by part: products of float32 values far from zero leave nothing of a small variance.
     """
 
-    count: int
+    count: float
     q_GK: Tensor
     e_GR: Tensor
     qq_GKK: Tensor
     eq_GRK: Tensor
 
     @classmethod
-    def of(cls, q_GKN: Tensor, e_GRN: Tensor) -> Seen:
-        """Of the positions of one part."""
-        n, q_GK, e_GR = q_GKN.shape[2], q_GKN.mean(2), e_GRN.mean(2)
+    def of(cls, q_GKN: Tensor, e_GRN: Tensor, weights_N: Tensor | None = None) -> Seen:
+        """Of the positions of one part; weights are positive."""
+        n = float(q_GKN.shape[2] if weights_N is None else weights_N.sum())
+        q_GK, e_GR = (t.mean(2) if weights_N is None else t @ weights_N / n for t in (q_GKN, e_GRN))
         q_GKN, e_GRN = q_GKN - q_GK[:, :, None], e_GRN - e_GR[:, :, None]
-        products = q_GKN @ q_GKN.transpose(1, 2), e_GRN @ q_GKN.transpose(1, 2)
+        weighted_GNK = (q_GKN if weights_N is None else q_GKN * weights_N).transpose(1, 2)
+        products = q_GKN @ weighted_GNK, e_GRN @ weighted_GNK
         return cls(n, q_GK.double(), e_GR.double(), products[0].double(), products[1].double())
 
     def __add__(self, other: Seen) -> Seen:
@@ -79,7 +81,13 @@ class Seen:
 
 
 def watch(
-    shape: Geometry, w_GRK: Tensor, x: Tensor, q: Tensor, extra: Tensor | None = None, clipped: Clipped | None = None, pieces: int = 1
+    shape: Geometry,
+    w_GRK: Tensor,
+    x: Tensor,
+    q: Tensor,
+    clipped: Clipped | None = None,
+    pieces: int = 1,
+    weights: Tensor | None = None,
 ) -> list[Seen]:
     """What each half of the samples shows; one part where there is one sample. Where there are very many positions, of evenly chosen samples.
 
@@ -87,15 +95,23 @@ def watch(
         shape: how the layer reads its input.
         w_GRK: the float weights.
         x, q: the float input and the one that arrives.
-        extra: what else the output should make up for, shaped as the output: the error of what it is added to.
         clipped: where values past a clip count as the clip's end.
         pieces: of so many alike these samples are one.
+        weights: of the positions, shaped as the output without its channels; alike where that is not its shape.
     """
     index = chosen_samples(shape, q, pieces)
-    return [_over(shape, w_GRK, x, q, extra, clipped, half) for half in (index[::2], index[1::2]) if len(half)]
+    return [_over(shape, w_GRK, x, q, clipped, weights, half) for half in (index[::2], index[1::2]) if len(half)]
 
 
-def _over(shape: Geometry, w_GRK: Tensor, x: Tensor, q: Tensor, extra: Tensor | None, clipped: Clipped | None, index: Tensor) -> Seen:
+def _over(
+    shape: Geometry,
+    w_GRK: Tensor,
+    x: Tensor,
+    q: Tensor,
+    clipped: Clipped | None,
+    weights: Tensor | None,
+    index: Tensor,
+) -> Seen:
     parts = []
     for part in index.split(shape.at_once(q)) if q.dim() > 1 else [...]:
         q_GKN = shape.columns(q[part])
@@ -103,9 +119,8 @@ def _over(shape: Geometry, w_GRK: Tensor, x: Tensor, q: Tensor, extra: Tensor | 
         if clipped is not None:
             y_GRN = shape.outputs_of(clipped.wanted[part])
             e_GRN = clipped.error(y_GRN, y_GRN - e_GRN)
-        if extra is not None:
-            e_GRN = e_GRN + shape.outputs_of(extra[part])
-        parts.append(Seen.of(q_GKN, e_GRN))
+        each = None if weights is None or weights.shape[0] != q.shape[0] else weights[part].flatten()
+        parts.append(Seen.of(q_GKN, e_GRN, each if each is not None and len(each) == q_GKN.shape[2] else None))
     return sum(parts[1:], parts[0])
 
 
