@@ -38,6 +38,13 @@ def test_shipped_recipes_load(path):
         ("steps: [quantize\n", "not YAML"),
         ("steps: [{quantize: 3}]", "NAME: VALUE"),
         ("steps: [quantize]\nbudget: {size: 5}", "fraction"),
+        ("steps: [{fit: {patience: 0}}]", "patience: Input should be greater than or equal to 1"),
+        ("steps: [{qat: {patiense: 2}}]", "did you mean 'patience'"),
+        ("steps: [{distill: {patience: 2, monitor: val_f1}}]", "'val_loss' or 'val_accuracy'"),
+        ("steps: [{prune: {macs: 0.5, patience: 2}}]", "patience needs epochs"),
+        ("steps: [{sparsify: {sparsity: 0.5, patience: 2}}]", "patience needs epochs"),
+        ("steps: [{sparsify: {sparsity: 0.5, epochs: 9, patience: 2, schedule: cubic}}]", "not with a schedule or regrowth"),
+        ("steps: [{sparsify: {sparsity: 0.5, epochs: 9, patience: 2, regrow: random}}]", "not with a schedule or regrowth"),
     ],
 )
 def test_mistakes_in_a_recipe_are_one_line(text, words):

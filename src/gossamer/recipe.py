@@ -41,6 +41,8 @@ class Prune(_Step):
     epochs: int = Field(0, ge=0)
     lr: float = Field(1e-3, gt=0)
     batch_size: int = Field(64, ge=1)
+    patience: int | None = Field(None, ge=1)
+    monitor: Literal["val_loss", "val_accuracy"] = "val_loss"
 
     @model_validator(mode="after")
     def _one_target(self) -> Prune:
@@ -48,6 +50,8 @@ class Prune(_Step):
             raise ValueError("prune needs exactly one of ratio, macs, params and latency")
         if self.schedule == "one_shot" and self.steps != 1:
             raise ValueError("prune in several steps needs schedule: iterative or cubic")
+        if self.patience is not None and not self.epochs:
+            raise ValueError("patience needs epochs")
         return self
 
 
@@ -132,6 +136,8 @@ class Sparsify(_Step):
     epochs: int = Field(0, ge=0)
     lr: float = Field(1e-3, gt=0)
     batch_size: int = Field(64, ge=1)
+    patience: int | None = Field(None, ge=1)
+    monitor: Literal["val_loss", "val_accuracy"] = "val_loss"
 
     @model_validator(mode="after")
     def _one_target(self) -> Sparsify:
@@ -140,6 +146,10 @@ class Sparsify(_Step):
             raise ValueError("sparsify needs exactly one of sparsity, l0, l1 and an N:M pattern")
         if not self.epochs and (self.schedule != "one_shot" or self.regrow is not None):
             raise ValueError("a schedule and regrowth need epochs")
+        if self.patience is not None and not self.epochs:
+            raise ValueError("patience needs epochs")
+        if self.patience is not None and (self.schedule != "one_shot" or self.regrow is not None):
+            raise ValueError("patience may bring weights back from before the zeros were final: not with a schedule or regrowth")
         return self
 
 
@@ -157,7 +167,11 @@ class Cluster(_Step):
 
 
 class Fit(_Step):
-    """Train on the data's own labels."""
+    """Train on the data's own labels.
+
+    With ``patience``, here and in all steps that train, it ends after so many epochs in which ``monitor`` got no better on validation data, with
+    the weights of the best one.
+    """
 
     kind: ClassVar[str] = "fit"
     epochs: int = Field(1, ge=1)
@@ -176,6 +190,8 @@ class Fit(_Step):
     batch_size: int = Field(64, ge=1)
     penalty: Literal["bn_l1", "group_lasso"] | None = None
     penalty_weight: float = Field(1e-4, gt=0)
+    patience: int | None = Field(None, ge=1)
+    monitor: Literal["val_loss", "val_accuracy"] = "val_loss"
 
     @model_validator(mode="after")
     def _check_memory(self) -> Fit:
@@ -269,6 +285,8 @@ class Qat(_Step):
     clip: float | None = Field(None, gt=0)
     accumulate: int = Field(1, ge=1)
     batch_size: int = Field(64, ge=1)
+    patience: int | None = Field(None, ge=1)
+    monitor: Literal["val_loss", "val_accuracy"] = "val_loss"
 
 
 Step = Prune | Factorize | Decouple | Sparsify | Cluster | Fit | Distill | Quantize | Qat

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from gossamer.calibration import Batches, Moments, following_norms, in_stages, patches, second_moments, shrunk
+from gossamer.calibration import Batches, JointMoments, Moments, following_norms, in_stages, patches, second_moments, shrunk
 from gossamer.errors import UsageError
 from gossamer.sources.batches import Batch
 
@@ -97,3 +97,18 @@ def test_inputs_that_never_vary_have_no_covariance_and_zero_is_counted_from():
     assert not bool(found.covariance()[0, 1].any())
     np.testing.assert_allclose(found.about_zero()[1].numpy(), (x[:, 1].double().T @ x[:, 1].double() / 200).numpy(), atol=1e-5)
     assert bool(torch.linalg.eigvalsh(shrunk(found)).gt(0).all())
+
+
+@pytest.mark.parametrize("far", [0.0, 3000.0])
+def test_joint_moments_of_unequal_parts_equal_numpy(far):
+    x, y = torch.randn(2, 4, 300) + far, torch.randn(2, 3, 300) - far
+    y[:, :, 7:] += x[:, :3, 7:] - far
+    parts = [JointMoments.of(a, b) for a, b in zip(x.split([7, 200, 93], 2), y.split([7, 200, 93], 2), strict=True)]
+    whole = (parts[0] + parts[1]) + parts[2]
+    assert whole.inputs.n == 300 and whole.products.dtype == torch.float64
+    for g in range(2):
+        want = np.cov(torch.cat([x, y], 1)[g].double().numpy(), bias=True)
+        for found, part in zip(whole.covariances(), (want[:4, :4], want[4:, :4]), strict=True):
+            assert found.dtype == torch.float32
+            np.testing.assert_allclose(found[g].numpy(), part, rtol=1e-4 if far else 1e-5, atol=1e-3 if far else 1e-5)
+        np.testing.assert_allclose(whole.mean[g].numpy(), y[g].double().mean(1).numpy(), rtol=1e-6, atol=1e-5)

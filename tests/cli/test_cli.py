@@ -18,13 +18,13 @@ from gossamer.cli._commands import app
 OPTIONS = {
     "inspect": {"--input", "--weights", "--json"},
     "compress": {
-        *{"--data", "--out", "--recipe", "--budget", "--weights", "--calibration"},
+        *{"--data", "--out", "--recipe", "--budget", "--weights", "--calibration", "--validation"},
         *{"--dry-run", "--executorch", "--parallel", "--resume", "--threads", "--seed", "--json"},
     },
     "train": {
         *{"--data", "--out", "--weights", "--epochs", "--lr", "--optimizer", "--batch-size", "--accumulate", "--precision"},
         *{"--memory-budget", "--explain-memory", "--parallel", "--workers", "--skip-unreadable", "--resume", "--seed", "--json"},
-        *{"--plan", "--world", "--device-memory", "--bandwidth", "--flops", "--input"},
+        *{"--patience", "--validation", "--plan", "--world", "--device-memory", "--bandwidth", "--flops", "--input"},
     },
     "export": {"--format", "--out", "--json"},
     "bench": {
@@ -83,6 +83,9 @@ def test_the_set_of_options_is_frozen():
         (["export", "absent"], "absent"),
         (["train", "gossamer:resnet8", "--data", "digits", "--out", "out", "--optimizer", "adam"], "adamw"),
         (["train", "gossamer:resnet8", "--data", "digits"], "--explain-memory"),
+        (["train", "gossamer:resnet8?in_channels=1", "--data", "digits", "--out", "out", "--patience", "0"], "patience >= 1"),
+        (["train", "gossamer:resnet8?in_channels=1", "--data", "digits", "--out", "out", "--validation", "digit"], "digits"),
+        (["compress", "gossamer:resnet8?in_channels=1", "--data", "digits", "--out", "out", "--validation", "digits"], "leave it out"),
         (["train", "gossamer:resnet8?in_channels=1", "--data", "digits", "--out", "out", "--precision", "fp8"], "bf16"),
         (["train", "gossamer:resnet8?in_channels=1", "--data", "digits", "--explain-memory", "--memory-budget", "9"], "unit"),
     ],
@@ -193,6 +196,24 @@ def test_bench_compares_by_bare_names_with_accuracy_and_picture(capsys, tmp_path
     (tmp_path / "resnet8").mkdir()
     assert call("bench", "resnet8") == 2
     assert "./resnet8 or gossamer:resnet8" in capsys.readouterr().err
+
+
+def test_train_stops_early_on_samples_held_back_or_named(capsys, tmp_path):
+    (tmp_path / "made.py").write_text(
+        "import torch\nfrom torch.utils.data import TensorDataset\n\n\n"
+        "def chance(n=40):\n    g = torch.Generator().manual_seed(0)\n    x, y = torch.randn(n, 1, 8, 8, generator=g), torch.randint(10, (n,), generator=g)\n"
+        "    return TensorDataset(x, y), TensorDataset(x[:9], y[:9])\n"
+    )
+    data = f"{tmp_path / 'made.py'}:chance"
+    arguments = ["train", "gossamer:resnet8?in_channels=1&width=4", "--data", data, "--epochs", "30", "--lr", "0.02", "--patience", "2"]
+    for more in ([], ["--validation", "digits"]):
+        out = tmp_path / f"out{len(more)}"
+        assert call(*arguments, *more, "--out", str(out), "--json") == 0
+        summary = json.loads(capsys.readouterr().out)
+        losses = [json.loads(line)["val_loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+        assert summary["epochs"] == len(losses) == summary["best_epoch"] + 2 < 30
+        assert losses.index(min(losses)) + 1 == summary["best_epoch"]
+        assert summary["n"] == 9
 
 
 def test_help_does_not_import_torch():

@@ -9,9 +9,9 @@ import torchvision
 from torch import nn
 
 import gossamer as gs
-from gossamer.calibration import reestimate_batch_norm
+from gossamer.calibration import JointMoments, reestimate_batch_norm
 from gossamer.errors import BudgetError, NothingToDo, SelectorError, UsageError
-from gossamer.pruning.compensation import _Moments, predict
+from gossamer.pruning.compensation import predict
 from gossamer.pruning.costs import mac_costs, parameter_costs
 from gossamer.pruning.importance import importance_scores
 from gossamer.surgery import cut
@@ -134,9 +134,8 @@ def test_ridge_is_its_closed_form(far):
     rng = np.random.default_rng(0)
     x = (rng.normal(size=(500, 6)) @ rng.normal(size=(6, 6)) + rng.normal(size=6) + far).astype(np.float32 if far else np.float64)
     keep = np.array([True, True, False, True, False, True])
-    moments = _Moments.empty(6, 4)
-    for part in np.split(x, 5):
-        moments.add(torch.from_numpy(part), torch.from_numpy(part[:, keep]))
+    parts = [JointMoments.of(torch.from_numpy(part[:, keep].T[None]), torch.from_numpy(part.T[None])) for part in np.split(x, 5)]
+    moments = sum(parts[1:], parts[0])
     a, b = predict(moments, torch.from_numpy(keep), 1e-9)
     design = np.hstack([x[:, keep], np.ones((500, 1))])
     want = np.linalg.lstsq(design.astype(np.float64), x.astype(np.float64), rcond=None)[0]

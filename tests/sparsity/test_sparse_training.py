@@ -186,6 +186,7 @@ def test_contradictions_are_one_line():
         ({"pattern": "2:4"}, "one_shot"),
         ({"sparsity": 0.5, "regrow": "rigl"}, "gradient, random"),
         ({"sparsity": 0.5, "patience": 2, "val": data()}, "patience"),
+        ({"sparsity": 0.5, "patience": 2, "val": data(), "schedule": "one_shot", "regrow": "random"}, "patience"),
         ({"sparsity": 0.5, "criterion": "wanda"}, "one_shot"),
         ({"l0": 4, "regrow": "random"}, "projections"),
         ({"sparsity": 0.5, "begin": 0.9, "end": 0.5}, "begin < end"),

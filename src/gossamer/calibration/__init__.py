@@ -5,7 +5,7 @@ from gossamer.calibration.curvature import Change, predicted, samples_of
 from gossamer.calibration.divergence import Divergence
 from gossamer.calibration.halves import MOST_INPUTS, Halves
 from gossamer.calibration.judging import Fits, alone, best_together, exchanged
-from gossamer.calibration.moments import Moments, in_stages, second_moments, shrunk
+from gossamer.calibration.moments import JointMoments, Moments, in_stages, second_moments, shrunk
 from gossamer.calibration.norms import following_norms
 from gossamer.calibration.patches import patches
 from gossamer.calibration.reading import Batches
@@ -17,6 +17,7 @@ __all__ = [
     "Divergence",
     "Fits",
     "Halves",
+    "JointMoments",
     "Moments",
     "alone",
     "best_together",

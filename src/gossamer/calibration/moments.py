@@ -26,12 +26,12 @@ class Moments:
     """Of the positions of a layer's input, for each group. About the mean: products of float32 values far from zero leave nothing of a small variance.
 
     Attributes:
-        n: positions.
+        n: positions, or the sum of their weights.
         mean: ``(groups, K)``.
         scatter: sum of the outer products of what positions differ from the mean by, ``(groups, K, K)``.
     """
 
-    n: int
+    n: float
     mean: Tensor
     scatter: Tensor
 
@@ -45,20 +45,81 @@ class Moments:
         return cls(len(x_PGK), mean_GK, scatter_GKK)
 
     def __add__(self, other: Moments) -> Moments:
-        """Of both. Source: Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance", 1983, equation 2.1."""
-        share, apart_GK = other.n / (self.n + other.n), other.mean - self.mean
-        scatter_GKK = (apart_GK[:, :, None] * (self.n * share * apart_GK)[:, None]).add_(self.scatter).add_(other.scatter)
-        return Moments(self.n + other.n, self.mean + share * apart_GK, scatter_GKK)
+        """Of both."""
+        n, apart_GK = (self.n, other.n), other.mean - self.mean
+        return Moments(sum(n), _mean(n, self.mean, apart_GK), _products(n, self.scatter, other.scatter, apart_GK, apart_GK))
+
+    def double(self) -> Moments:
+        """In float64."""
+        return Moments(self.n, self.mean.double(), self.scatter.double())
+
+    def varies(self) -> Tensor:
+        """Which inputs vary by more than float32 rounds them, ``(groups, K)``."""
+        return self.scatter.diagonal(dim1=1, dim2=2) / self.n > (_ROUNDING * self.mean).square()
 
     def covariance(self) -> Tensor:
-        """``(groups, K, K)``; 0 for inputs that vary by no more than float32 rounds them."""
-        c_GKK = self.scatter / self.n
-        varies_GK = c_GKK.diagonal(dim1=1, dim2=2) > (_ROUNDING * self.mean).square()
-        return c_GKK * (varies_GK[:, :, None] & varies_GK[:, None])
+        """``(groups, K, K)``; 0 for inputs that do not vary."""
+        varies_GK = self.varies()
+        return self.scatter / self.n * (varies_GK[:, :, None] & varies_GK[:, None])
 
     def about_zero(self) -> Tensor:
         """Mean of the outer products of the inputs as they are, ``(groups, K, K)``."""
         return self.covariance() + self.mean[:, :, None] * self.mean[:, None]
+
+
+@dataclass(frozen=True)
+class JointMoments:
+    """Of a layer's inputs and of something else at the same positions; sums of several parts are float64.
+
+    Examples:
+        >>> x, y = torch.tensor([[[1.0, 2.0, 6.0]]]), torch.tensor([[[2.0, 4.0, 12.0]]])
+        >>> parts = JointMoments.of(x[..., :2], y[..., :2]), JointMoments.of(x[..., 2:], y[..., 2:])
+        >>> [round(c.item(), 6) for c in (parts[0] + parts[1]).covariances()]
+        [4.666667, 9.333333]
+
+    Attributes:
+        inputs: moments of the inputs.
+        mean: of the other, ``(groups, R)``.
+        products: sum of the outer products of what the other and the inputs differ from their means by, ``(groups, R, K)``.
+    """
+
+    inputs: Moments
+    mean: Tensor
+    products: Tensor
+
+    @classmethod
+    def of(cls, x_GKN: Tensor, y_GRN: Tensor, weights_N: Tensor | None = None) -> JointMoments:
+        """Of inputs and the other, positions in a row, which count by their weights where they have any."""
+        n = x_GKN.shape[2] if weights_N is None else float(weights_N.sum())
+        x_GK, y_GR = (t.mean(2) if weights_N is None else t @ weights_N / n for t in (x_GKN, y_GRN))
+        x_GKN, y_GRN = x_GKN - x_GK[:, :, None], y_GRN - y_GR[:, :, None]
+        x_GNK = (x_GKN if weights_N is None else x_GKN * weights_N).transpose(1, 2)
+        return cls(Moments(n, x_GK, x_GKN @ x_GNK), y_GR, y_GRN @ x_GNK)
+
+    def __add__(self, other: JointMoments) -> JointMoments:
+        """Of both."""
+        inputs, mean_GR, products_GRK = self.inputs.double(), self.mean.double(), self.products.double()
+        n, apart_GK, apart_GR = (inputs.n, other.inputs.n), other.inputs.mean - inputs.mean, other.mean - mean_GR
+        products_GRK = _products(n, products_GRK, other.products, apart_GR, apart_GK)
+        return JointMoments(inputs + other.inputs, _mean(n, mean_GR, apart_GR), products_GRK)
+
+    def covariances(self) -> tuple[Tensor, Tensor]:
+        """Of the inputs, ``(groups, K, K)``, and of the other with them, ``(groups, R, K)``; float32, 0 for inputs that do not vary."""
+        return self.inputs.covariance().float(), (self.products / self.inputs.n * self.inputs.varies()[:, None]).float()
+
+
+def _mean(n: tuple[float, float], mean: Tensor, apart: Tensor) -> Tensor:
+    """Of two parts with so many positions, the means of which lie so far apart."""
+    return mean + n[1] / sum(n) * apart
+
+
+def _products(n: tuple[float, float], a_GRK: Tensor, b_GRK: Tensor, apart_GR: Tensor, apart_GK: Tensor) -> Tensor:
+    """Of two parts, about the mean of both.
+
+    Source:
+        Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance", 1983, equation 2.1.
+    """
+    return (a_GRK + b_GRK).addcmul_(apart_GR[:, :, None], apart_GK[:, None], value=n[0] * n[1] / sum(n))
 
 
 def shrunk(moments: Moments) -> Tensor:

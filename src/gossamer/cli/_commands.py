@@ -26,6 +26,10 @@ ParallelOption = Annotated[
     str | None, typer.Option("--parallel", help="Under torchrun: ddp, fsdp, tp or pp, with a degree (ddp,2), joined by + (ddp,2+tp,2).")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run in --out.")]
+Validation = Annotated[
+    str | None,
+    typer.Option("--validation", help="Data to judge epochs on; default with patience: a tenth of the training samples, held back."),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -69,6 +73,7 @@ def compress(
     budget: Annotated[str | None, typer.Option("--budget", help="For example latency=0.5,size=1MB,drop=1%.")] = None,
     weights: Weights = None,
     calibration: Annotated[str | None, typer.Option("--calibration", help="Data to calibrate with; default: 512 training samples.")] = None,
+    validation: Validation = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     executorch: Annotated[bool, typer.Option("--executorch", help="Also write model.pte and measure it in ExecuTorch.")] = False,
     parallel: ParallelOption = None,
@@ -89,6 +94,7 @@ def compress(
         "recipe": Recipe.load(recipe) if recipe else None,
         "budget": budget,
         "calibration": calibration,
+        "validation": validation,
         "weights": weights,
         "seed": seed,
         "threads": threads,
@@ -130,6 +136,11 @@ def train(
     epochs: Annotated[int, typer.Option("--epochs", min=1)] = 10,
     lr: Annotated[float, typer.Option("--lr", min=0.0, help="Peak learning rate.")] = 1e-3,
     optimizer: Annotated[str, typer.Option("--optimizer", help="adamw, sgd, adafactor or adamw8bit.")] = "adamw",
+    patience: Annotated[
+        int | None,
+        typer.Option("--patience", help="Stop after so many epochs with no lower validation loss, and keep the best one's weights."),
+    ] = None,
+    validation: Validation = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 64,
     accumulate: Annotated[int, typer.Option("--accumulate", min=1, help="Batches of one optimiser step.")] = 1,
     precision: Annotated[str, typer.Option("--precision", help="fp32, bf16 or fp16.")] = "fp32",
@@ -168,7 +179,8 @@ def train(
         raise RunFolderError("name the folder with --out, or look at the memory of a step with --explain-memory")
     options: dict[str, Any] = {"optimizer": optimizer, "precision": precision, "memory_budget": memory_budget}
     degrees = parallel_of(parallel)
-    network, found = open_both(model, data, weights=weights, seed=seed, skip_unreadable=skip_unreadable)
+    judged: dict[str, Any] = {"validation": validation, "hold_back": patience is not None}
+    network, found, val = open_both(model, data, weights=weights, seed=seed, skip_unreadable=skip_unreadable, **judged)
     if explain_memory or out is None:
         show(explain(network, found, batch_size=batch_size, **options), as_json=as_json)
         return
@@ -177,6 +189,8 @@ def train(
             network,
             found,
             out,
+            val=val,
+            patience=patience,
             epochs=epochs,
             lr=lr,
             batch_size=batch_size,
@@ -193,7 +207,8 @@ def train(
     if as_json:
         show(summary, as_json=True)
     else:
-        print(f"{summary['weights']}: top-1 {summary['accuracy']:.2%} on {summary['n']} held-out samples, {summary['seconds']:.0f} s")
+        best = f", best of {summary['epochs']} epochs: {summary['best_epoch']}" if "best_epoch" in summary else ""
+        print(f"{summary['weights']}: top-1 {summary['accuracy']:.2%} on {summary['n']} held-out samples, {summary['seconds']:.0f} s{best}")
 
 
 @app.command()

@@ -22,15 +22,20 @@ if TYPE_CHECKING:
     from gossamer.parallel import Parallel
 
 
-def open_both(model: str, data: str, *, weights: Path | None, seed: int, skip_unreadable: bool) -> tuple[nn.Module, Data]:
-    """The network, and data with a training split."""
+def open_both(
+    model: str, data: str, *, weights: Path | None, seed: int, skip_unreadable: bool, validation: str | None, hold_back: bool
+) -> tuple[nn.Module, Data, Any]:
+    """The network, data with a training split, and batches to judge epochs on, by default held back from training where that is asked for."""
     from gossamer.sources import load_data, load_model
 
     loaded = load_model(model, weights=weights, seed=seed)
-    found = load_data(data, transform=loaded.transform, seed=seed, skip_unreadable=skip_unreadable)
+    options: dict[str, Any] = {"transform": loaded.transform, "seed": seed, "skip_unreadable": skip_unreadable}
+    found, judge = load_data(data, **options), load_data(validation, **options) if validation is not None else None
     if found.train is None:
         raise SourceError(f"{data} has no training split: use PATH/train and PATH/val")
-    return loaded.model, found
+    if judge is None and hold_back:
+        found, judge = found.hold_back()
+    return loaded.model, found, judge.loader("val") if judge is not None else None
 
 
 def explain(model: nn.Module, data: Data, *, batch_size: int, **options: Any) -> Any:
@@ -85,6 +90,8 @@ def train(
     assert reached.accuracy is not None
     summary = {"weights": str(path), "accuracy": reached.accuracy.value, "n": reached.n, "seconds": result.seconds}
     summary |= {"epochs": len(result.history), "optimizer_state_bytes": result.optimizer_state_bytes}
+    if result.best_epoch is not None:
+        summary["best_epoch"] = result.best_epoch
     if result.memory is not None:
         summary["peak_bytes"] = result.memory.peak_bytes
     return summary

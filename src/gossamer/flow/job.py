@@ -35,6 +35,7 @@ class Job:
         source: its specification, or None for a network in memory.
         example_inputs: one sample, batch of 1.
         evaluation, calibration, training: batches, each can be read again and again; training is None where there is none.
+        validation: batches that training is judged on after each epoch, or None.
         data_name: for the report.
         warnings: what the user must know before reading any figure.
         preprocessing: in words, what images go through; None where it is not known.
@@ -48,6 +49,7 @@ class Job:
     evaluation: Iterable[Any]
     calibration: Iterable[Any]
     training: Any
+    validation: Iterable[Any] | None
     data_name: str | None
     recipe: Recipe | None
     budget: Budget | None
@@ -85,6 +87,7 @@ def resolve(
     recipe: Any = None,
     budget: Budget | str | None = None,
     calibration: Any = None,
+    validation: Any = None,
     example_inputs: ExampleInputs = None,
     weights: str | Path | None = None,
     seed: int = 0,
@@ -116,6 +119,9 @@ def resolve(
 
     transform = loaded.transform if isinstance(loaded, LoadedModel) else None
     data = load_data(data, transform=transform, seed=seed) if isinstance(data, str) else data
+    if isinstance(validation, str):
+        validation = load_data(validation, transform=transform, seed=seed)
+    data, validation = _judged(data, validation, steps)
     name, evaluation, training = _splits(data, steps, seed, drop_last=parallel is not None and parallel.pipeline > 1)
     if isinstance(calibration, str):
         calibration = load_data(calibration, transform=transform, seed=seed)
@@ -138,6 +144,7 @@ def resolve(
         evaluation=evaluation,
         calibration=calibration,
         training=training,
+        validation=validation,
         data_name=name,
         recipe=steps,
         budget=budget,
@@ -193,8 +200,36 @@ def check_folder(out: str | Path, *, resume: bool) -> Path:
     return folder
 
 
+def _judged(data: Any, validation: Any, recipe: Recipe | None) -> tuple[Any, Any]:
+    """The data, and batches to judge training on after each epoch: where patience asks for them, taken out of the training split by default."""
+    if validation is not None:
+        if recipe is not None and not _training(recipe):
+            raise RecipeError(
+                f"validation data is for steps that train, and {' -> '.join(s.kind for s in recipe.steps)} has none: leave it out"
+            )
+        if hasattr(validation, "__next__"):
+            raise SourceError("the validation data is an iterator, which can be read only once: pass a DataLoader or a list of batches")
+        return data, validation.loader("val") if isinstance(validation, Data) else validation
+    patient = next((s.kind for s in _training(recipe) if getattr(s, "patience", None) is not None), None)
+    if patient is None or (isinstance(data, Data) and data.train is None):
+        return data, None
+    if not isinstance(data, Data):
+        raise RecipeError(f"step {patient}: patience needs validation data, on which nothing is trained: pass validation")
+    data, held = data.hold_back()
+    return data, held.loader("val")
+
+
+def trains(step: object) -> bool:
+    """Whether a step trains."""
+    return isinstance(step, Fit | Qat) or (isinstance(step, Prune | Sparsify) and bool(step.epochs))
+
+
+def _training(recipe: Recipe | None) -> list[Any]:
+    return [s for s in recipe.steps if trains(s)] if recipe else []
+
+
 def _splits(data: Any, recipe: Recipe | None, seed: int, *, drop_last: bool) -> tuple[str | None, Iterable[Any], Any]:
-    trains = [s for s in (recipe.steps if recipe else ()) if isinstance(s, Fit | Qat) or (isinstance(s, Prune | Sparsify) and s.epochs)]
+    trains = _training(recipe)
     if isinstance(data, Data):
         if trains and data.train is None:
             raise RecipeError(

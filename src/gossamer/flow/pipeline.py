@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from gossamer.errors import BudgetError, GossamerError, NothingToDo, RunFolderError, UsageError
-from gossamer.flow.job import Job, Progress, check_folder, resolve
+from gossamer.flow.job import Job, Progress, check_folder, resolve, trains
 from gossamer.flow.ladder import candidates, violation
 from gossamer.flow.measure import Original, export_original, measure
 from gossamer.flow.steps import run_step
-from gossamer.flow.together import BEGUN, announce, check_parallel, follow, follow_begin, rank, trains
+from gossamer.flow.together import BEGUN, announce, check_parallel, follow, follow_begin, rank
 from gossamer.plan import Plan, input_specs
 from gossamer.recipe import Budget, Fit, Recipe
 from gossamer.report.schema import Frozen, Report, StepReport
@@ -40,6 +40,7 @@ def compress(
     out: str | Path | None = None,
     seed: int = 0,
     calibration: Any = None,
+    validation: Any = None,
     example_inputs: ExampleInputs = None,
     weights: str | Path | None = None,
     threads: int = 1,
@@ -67,6 +68,8 @@ def compress(
         out: run folder to write; None keeps nothing on disk.
         seed: of everything random; the same seed gives the same plan and the same weights.
         calibration: batches for calibration, as ``data``; default: 512 samples of the training split.
+        validation: batches that training is judged on after each epoch, as ``data``; default: where a step has ``patience``, a tenth of the
+            training split, which is then not trained on.
         example_inputs: a tuple of inputs (a dict of keyword inputs) with batch 1; default: the first sample of ``data``.
         weights: state dict to load where ``model`` is a specification.
         threads: of ONNX Runtime when latency is measured.
@@ -88,6 +91,7 @@ def compress(
         recipe=recipe,
         budget=budget,
         calibration=calibration,
+        validation=validation,
         example_inputs=example_inputs,
         weights=weights,
         seed=seed,

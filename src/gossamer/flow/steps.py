@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from gossamer.flow.job import Job, Progress
+from gossamer.flow.together import rank
 from gossamer.plan import Plan
 from gossamer.recipe import Cluster, Decouple, Distill, Factorize, Fit, Prune, Qat, Quantize, Sparsify
 from gossamer.result import Profile, Result
+from gossamer.training.averaging import Best
 
 
 def run_step(
@@ -120,17 +123,29 @@ def _prune(step: Prune, model: nn.Module, job: Job, tick: Callable[[int, int], N
     if step.schedule == "one_shot" and not step.epochs:
         return prune(model, job.example_inputs, **options)
 
+    notes = []
+
     def recover(network: nn.Module, number: int) -> nn.Module:
         from gossamer.distillation import distill
 
         if not step.epochs:
             return network
         training: Any = job.training
-        return distill(
-            network, job.model, training, epochs=step.epochs, lr=step.lr, seed=job.seed + number, parallel=job.parallel
-        ).model.eval()
+        trained = distill(
+            network,
+            job.model,
+            training,
+            epochs=step.epochs,
+            lr=step.lr,
+            seed=job.seed + number,
+            parallel=job.parallel,
+            **_judged(step, job),
+        )
+        notes.extend(_stopped(step, trained.history))
+        return trained.model.eval()
 
-    return prune_in_steps(model, job.example_inputs, schedule=step.schedule, steps=step.steps, recover=recover, **options)
+    result = prune_in_steps(model, job.example_inputs, schedule=step.schedule, steps=step.steps, recover=recover, **options)
+    return result.with_(notes=(*result.notes, *notes))
 
 
 def _sparsify(step: Sparsify, model: nn.Module, job: Job, folder: Path | None, tick: Callable[[int, int], None]) -> Result:
@@ -151,7 +166,7 @@ def _sparsify(step: Sparsify, model: nn.Module, job: Job, folder: Path | None, t
         return sparsify(model, reestimate_bn=step.reestimate_bn, progress=tick, **options)
     from gossamer.distillation import distill
 
-    return train_sparse(
+    trained = train_sparse(
         model,
         job.training,
         schedule=step.schedule,
@@ -163,8 +178,10 @@ def _sparsify(step: Sparsify, model: nn.Module, job: Job, folder: Path | None, t
         train=lambda network, data, **more: distill(network, job.model, data, **more),
         parallel=job.parallel,
         **_kept_in(folder),
+        **_judged(step, job),
         **options,
     )
+    return trained.with_(notes=(*trained.notes, *_stopped(step, _logged(folder))))
 
 
 def _qat(
@@ -203,9 +220,10 @@ def _qat(
         parallel=job.parallel,
         **quantised,
         **_kept_in(folder),
+        **_judged(step, job),
     )
     added = tuple(e for e in trained.plan if e not in plan.edits)
-    return trained.with_(plan=plan.model_copy(update={"edits": added}))
+    return trained.with_(plan=plan.model_copy(update={"edits": added}), notes=(*trained.notes, *_stopped(step, _logged(folder))))
 
 
 def _kept_in(folder: Path | None) -> dict[str, Any]:
@@ -213,6 +231,25 @@ def _kept_in(folder: Path | None) -> dict[str, Any]:
     if folder is None:
         return {}
     return {"checkpoint": folder / "training", "resume": (folder / "training").exists(), "log": folder / "log.jsonl"}
+
+
+def _judged(step: Fit | Qat | Prune | Sparsify, job: Job) -> dict[str, Any]:
+    """What training is judged on after each epoch, and when it stops."""
+    return {} if job.validation is None else {"val": job.validation, "patience": step.patience, "monitor": step.monitor}
+
+
+def _logged(folder: Path | None) -> list[dict[str, Any]]:
+    """The epochs of a training, which the first process writes down."""
+    log = folder / "log.jsonl" if folder is not None and rank() == 0 else None
+    return [json.loads(line) for line in log.read_text().splitlines()] if log is not None else []
+
+
+def _stopped(step: Fit | Qat | Prune | Sparsify, records: Sequence[dict[str, Any]]) -> list[str]:
+    """Which epoch's weights came back, where patience chose it."""
+    if step.patience is None or not records:
+        return []
+    best = Best(step.monitor, step.patience).epoch(list(records))
+    return [f"{step.kind} stopped after {len(records)} of {step.epochs} epochs, the weights are those of epoch {best}"]
 
 
 def _train(step: Fit, model: nn.Module, plan: Plan, before: Profile, job: Job, folder: Path | None, tick: object) -> Result:
@@ -236,7 +273,8 @@ def _train(step: Fit, model: nn.Module, plan: Plan, before: Profile, job: Job, f
         "seed": job.seed,
         "progress": tick,
         "parallel": job.parallel,
-    } | _kept_in(folder)
+    }
+    options |= _kept_in(folder) | _judged(step, job)
     if isinstance(step, Distill):
         from gossamer.distillation import Feature, distill
 
@@ -249,4 +287,5 @@ def _train(step: Fit, model: nn.Module, plan: Plan, before: Profile, job: Job, f
 
         trained = fit(start, job.training, **options)
     changed = tuple(e for e in trained.plan if e not in plan.edits)  # codebooks that were trained
-    return trained.with_(model=trained.model.eval(), plan=plan.model_copy(update={"edits": changed}))
+    notes = (*trained.notes, *_stopped(step, _logged(folder)))
+    return trained.with_(model=trained.model.eval(), plan=plan.model_copy(update={"edits": changed}), notes=notes)

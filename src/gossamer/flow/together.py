@@ -7,8 +7,7 @@ import time
 from pathlib import Path
 
 from gossamer.errors import RecipeError, UsageError
-from gossamer.flow.job import Job
-from gossamer.recipe import Fit, Prune, Qat, Sparsify
+from gossamer.flow.job import Job, trains
 from gossamer.run_folder import write_text
 
 BEGUN = "begun"
@@ -18,11 +17,6 @@ BEGUN = "begun"
 def rank() -> int:
     """Of this process; 0 is the first, or the only one."""
     return int(os.environ.get("RANK", "0"))
-
-
-def trains(step: object) -> bool:
-    """Whether a step trains, in all processes together."""
-    return isinstance(step, Fit | Qat) or (isinstance(step, Prune | Sparsify) and bool(step.epochs))
 
 
 def check_parallel(job: Job, out: object) -> None:

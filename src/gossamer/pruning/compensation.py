@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from gossamer.adapters import free_attention
-from gossamer.calibration import Batches, following_norms
+from gossamer.calibration import Batches, JointMoments, following_norms
 from gossamer.plan import AddBias
 from gossamer.profiling.runtime import evaluating
 from gossamer.sources.batches import Batch
@@ -29,60 +28,25 @@ class _Enough(Exception):
     """Raised by a hook once the last consumer of a stage was reached: what comes after it does not matter."""
 
 
-@dataclass
-class _Moments:
-    """Streaming first and second moments of a consumer's input: x in the original network, y in the pruned one; about the means of the first batch,
-    since in float32 products of values far from zero leave nothing of a small variance."""
-
-    n: int
-    x: Tensor
-    y: Tensor
-    xy: Tensor
-    yy: Tensor
-    at_x: Tensor | float = 0.0
-    at_y: Tensor | float = 0.0
-
-    @classmethod
-    def empty(cls, size_x: int, size_y: int) -> _Moments:
-        def zeros(*size: int) -> Tensor:
-            return torch.zeros(*size, dtype=torch.float64)
-
-        return cls(0, zeros(size_x), zeros(size_y), zeros(size_x, size_y), zeros(size_y, size_y))
-
-    def add(self, x_NI: Tensor, y_NK: Tensor) -> None:
-        if len(x_NI) > ROWS:  # positions of a picture say much the same
-            drawn = torch.randint(len(x_NI), (ROWS,), generator=torch.Generator().manual_seed(0)).to(x_NI.device)
-            x_NI, y_NK = x_NI[drawn], y_NK[drawn]
-        if not self.n:
-            self.at_x, self.at_y = x_NI.mean(0), y_NK.mean(0)
-        x_NI, y_NK = x_NI - self.at_x, y_NK - self.at_y
-        self.n += len(x_NI)
-        self.x += x_NI.sum(0).double()
-        self.y += y_NK.sum(0).double()
-        self.xy += (x_NI.T @ y_NK).double()
-        self.yy += (y_NK.T @ y_NK).double()
-
-
-def predict(moments: _Moments, keep: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+def predict(moments: JointMoments, keep: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """Ridge regression of the original's channels on the pruned network's: ``x ~ A y + b``.
 
     The penalty pulls ``A`` towards plain removal, not towards zero: ``A = S + (C_xy - S C_yy)(C_yy + lambda I)^-1``, S the selection.
 
     Args:
-        moments: of the consumer's input.
+        moments: of the pruned network's channels at the consumer, and of the original's with them.
         keep: bool, which of the original's channels are left.
         ridge: lambda as a fraction of the mean variance.
 
     Returns:
         ``A`` of shape ``(original, left)`` and ``b`` of shape ``(original,)``, float64.
     """
-    mean_x, mean_y = moments.x / moments.n, moments.y / moments.n
-    c_xy = moments.xy / moments.n - torch.outer(mean_x, mean_y)
-    c_yy = moments.yy / moments.n - torch.outer(mean_y, mean_y)
+    found = moments.inputs.mean, moments.mean, moments.inputs.scatter / moments.inputs.n, moments.products / moments.inputs.n
+    mean_y, mean_x, c_yy, c_xy = (t[0].double().cpu() for t in found)
     select = torch.eye(len(keep), dtype=torch.float64)[:, keep]
     penalty = max(ridge * float(c_yy.diagonal().mean()), 1e-12) * torch.eye(len(mean_y), dtype=torch.float64)
     a = select + torch.linalg.solve(c_yy + penalty, (c_xy - select @ c_yy).T).T
-    return a, mean_x + moments.at_x - a @ (mean_y + moments.at_y)
+    return a, mean_x - a @ mean_y
 
 
 def compensate(
@@ -136,7 +100,7 @@ def _compensate(
     for done, group in enumerate(groups):
         moments = _measure(original, pruned, masks, group, calls.count(group[-1]) == 1, batches)
         for name in group:
-            if moments[name].n:
+            if name in moments:
                 edits += _fold(original, pruned, name, masks, moments[name], ridge, norms.get(name))
         if progress is not None:
             progress(done + 1, len(groups))
@@ -192,6 +156,14 @@ def _rows(module: nn.Module, x: Tensor) -> Tensor:
     return x.movedim(x.dim() - spatial - 1, -1).reshape(-1, x.shape[-spatial - 1])
 
 
+def _moments(x_NI: Tensor, y_NK: Tensor) -> JointMoments:
+    """Of a consumer's input in the original network and in the pruned one."""
+    if len(x_NI) > ROWS:  # positions of a picture say much the same
+        drawn = torch.randint(len(x_NI), (ROWS,), generator=torch.Generator().manual_seed(0)).to(x_NI.device)
+        x_NI, y_NK = x_NI[drawn], y_NK[drawn]
+    return JointMoments.of(y_NK.T[None], x_NI.T[None])
+
+
 def _measure(
     original: nn.Module,
     pruned: nn.Module,
@@ -199,13 +171,10 @@ def _measure(
     group: Sequence[str],
     stop_early: bool,
     batches: Iterable[Batch],
-) -> dict[str, _Moments]:
+) -> dict[str, JointMoments]:
     """Moments of the inputs of ``group``, both networks run on the same batches, up to its last layer where that is called once."""
     ours, theirs = dict(pruned.named_modules()), dict(original.named_modules())
-    moments = {}
-    for name in group:
-        keep = masks[f"{name}.weight", _axis(theirs[name]) or 0]
-        moments[name] = _Moments.empty(len(keep), int(keep.sum()))
+    moments: dict[str, JointMoments] = {}
     caught: dict[tuple[str, str], list[Tensor]] = {}
 
     def catch(which: str, name: str) -> Callable[..., None]:
@@ -233,7 +202,8 @@ def _measure(
                         continue
             for name in group:
                 for x, y in zip(caught.pop(("x", name), []), caught.pop(("y", name), []), strict=True):
-                    moments[name].add(x, y)
+                    new = _moments(x, y)
+                    moments[name] = moments[name] + new if name in moments else new
     finally:
         for h in handles:
             h.remove()
@@ -245,7 +215,7 @@ def _fold(
     pruned: nn.Module,
     name: str,
     masks: Mapping[tuple[str, int], Tensor],
-    moments: _Moments,
+    moments: JointMoments,
     ridge: float,
     norm: _BatchNorm | None,
 ) -> list[AddBias]:

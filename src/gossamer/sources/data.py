@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from gossamer.errors import SourceError, near
 from gossamer.sources.factory import call_factory, parse_options
@@ -85,6 +85,31 @@ class Data:
             generator=generator,
             collate_fn=collate,
         )
+
+    def hold_back(self, part: float = 0.1) -> tuple[Data, Data]:
+        """Take samples out of the training split, evenly spread over it, to judge a training on.
+
+        Examples:
+            >>> rest, held = load_data("digits").hold_back()
+            >>> len(rest.train), len(held.val), len(rest.val)
+            (1293, 144, 360)
+
+        Args:
+            part: of the samples, in (0, 1).
+
+        Returns:
+            This data with the samples that are left to train on, and data whose ``val`` are those that were taken.
+
+        Raises:
+            SourceError: there is no training split, or it is too small.
+        """
+        n = 0 if self.train is None else len(self.train)  # type: ignore[arg-type]
+        k = max(1, round(n * part))
+        if self.train is None or k >= n:
+            raise SourceError(f"{self.name} has {n} samples to train on: none can be held back to judge the training on")
+        taken = {i * n // k for i in range(k)}
+        left, held = Subset(self.train, [i for i in range(n) if i not in taken]), Subset(self.train, sorted(taken))
+        return replace(self, train=left), replace(self, train=None, val=held)
 
     def check(self, model_classes: int) -> None:
         """SourceError where labels go beyond the ``model_classes`` outputs of a network.

@@ -109,6 +109,8 @@ def train_sparse(
         with torch.no_grad():
             project(trained)
         return as_result(source, trained, {n: p.detach() != 0 for n, p in weights.items()}, example_inputs, left)
+    if options.get("patience") is not None and (schedule != "one_shot" or regrow is not None):
+        raise UsageError("patience may bring weights back from before the masks were final: not with a schedule or regrowth")
     total = epochs * -(-count_batches(data) // accumulate)
     start, notes = model, tuple[str, ...]()
     if schedule == "one_shot":
@@ -122,8 +124,6 @@ def train_sparse(
         start, notes = begun.model, begun.notes
     elif criterion != "magnitude":
         raise UsageError(f"criterion={criterion!r} goes with schedule='one_shot': while training, weights go by their magnitude")
-    elif options.get("patience") is not None:
-        raise UsageError("patience may bring weights back from before the masks were final: not with a schedule")
     hold = Sparsifier(
         start,
         sparsity=sparsity,

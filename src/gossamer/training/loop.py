@@ -116,7 +116,7 @@ def fit(
         seed: decides the order of epoch k and its random numbers in torch, together with k alone.
         val: batches for the loss, top-1 accuracy and ``metrics`` after each epoch, in eval mode.
         metrics: ``"accuracy"``, ``"top5"``, ``"mse"``, ``"mae"``, or name -> ``(outputs, target) -> number``.
-        patience: stop after so many epochs in which ``monitor`` was not better, and return the best epoch's weights.
+        patience: stop after so many epochs in which ``monitor`` was not better, and return the best epoch's weights; needs ``val``.
         monitor: ``"val_loss"``, ``"val_accuracy"`` or ``"val_NAME"``; losses and errors are better when smaller.
         example_inputs: a tuple or dict that says how many items of a batch are inputs; default: all but the last.
         checkpoint: a folder to save into after each epoch, and on SIGTERM, which then ends the process with exit code 0. The last two are

@@ -47,11 +47,12 @@ class FitResult:
     memory: MemoryReport | None = None
 
     def __str__(self) -> str:
-        last = self.history[-1] if self.history else {}
+        last = self.history[(self.best_epoch or 0) - 1] if self.history else {}
         figures = "".join(f", {k} {last[k]:.4g}" for k in ("loss", "val_loss", "val_accuracy") if last.get(k) is not None)
+        best = f", the weights of epoch {self.best_epoch}" if self.best_epoch is not None else ""
         state = f", optimiser state {self.optimizer_state_bytes / 2**20:.1f} MiB"
         peak = f", peak {self.memory.peak_bytes / 2**20:.0f} MiB" if self.memory is not None else ""
-        return f"trained {len(self.history)} epochs, {self.steps} steps, {self.seconds:.1f} s{figures}{state}{peak}"
+        return f"trained {len(self.history)} epochs, {self.steps} steps, {self.seconds:.1f} s{best}{figures}{state}{peak}"
 
 
 class TrainingOptions(TypedDict, total=False):
