@@ -137,6 +137,11 @@ def test_biases_take_only_means_that_the_halves_of_the_samples_agree_on():
     missing[:, 2] = torch.tensor([1.0, -0.9] * 4)[:, None, None]
     assert borne_out(layer, [missing]).tolist() == [0.5, 0.0, 0.0]
     assert borne_out(layer, [missing[:1]]).tolist() == [0.5, 8.0, 1.0]
+    weights = torch.ones(8, 2, 2)
+    weights[:, 0] = 3.0
+    missing[:, 1, 0] = 1.0
+    missing[0, 1] = torch.tensor([[1.0, 1.0], [0.0, 0.0]])
+    assert borne_out(layer, [missing], [weights]).tolist() == pytest.approx([0.5, 0.75, 0.0])
 
 
 def test_what_a_layer_is_cut_off_at_is_the_clip_and_the_range_that_follow():

@@ -76,15 +76,16 @@ def reconstruct(
                 ours.walk(original)
                 theirs.walk(layer)
                 aims.append(Clipped(ours.run_node(original), *ends))
+            each = [_fitting(w.get(original.name), aim.wanted, original) for w, aim in zip(weights, aims, strict=True)]
             if refit:
                 inputs = [(ours.env[original.args[0]], theirs.env[layer.args[0]]) for ours, theirs in pieces]  # type: ignore[index]
-                if _refit(floating, quantised, original, name, bits[name], inputs, rounding, aims, [w.get(original.name) for w in weights]):
+                if _refit(floating, quantised, original, name, bits[name], inputs, rounding, aims, each):
                     for _, theirs in pieces:
                         theirs.again(layer.args[1], layer.args[2] if len(layer.args) > 2 else None)
             gots = [theirs.run_node(layer) for _, theirs in pieces]
             if bias_correction:
                 missing = [aim.error(aim.wanted, got) for aim, got in zip(aims, gots, strict=True)]
-                shift = borne_out(layer, missing)
+                shift = borne_out(layer, missing, each)
                 if shift_bias(quantised, layer, shift):
                     shifts[layer.name] = shift
                     gots = [got + (shift if op_name(layer) in LINEAR else shift.view(-1, *[1] * (got.dim() - 2))) for got in gots]
@@ -107,25 +108,28 @@ def shift_bias(quantised: fx.GraphModule, layer: fx.Node, shift: Tensor) -> bool
     return True
 
 
-def channel_mean(layer: fx.Node, result: Tensor) -> Tensor:
-    """Mean of each output channel over everything else."""
-    if op_name(layer) in LINEAR:
-        return result.flatten(0, -2).mean(0) if result.dim() > 1 else result
-    return result.movedim(1, 0).flatten(1).mean(1)
+def channel_mean(layer: fx.Node, result: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean of each output channel over everything else, weights being shaped as the output without its channels."""
+    if result.dim() == 1:
+        return result
+    rows = result.movedim(-1 if op_name(layer) in LINEAR else 1, 0).flatten(1)
+    return rows.mean(1) if weights is None else rows @ weights.flatten() / weights.sum()
 
 
-def borne_out(layer: fx.Node, missing: Sequence[Tensor]) -> Tensor:
+def borne_out(layer: fx.Node, missing: Sequence[Tensor], weights: Sequence[Tensor | None] | None = None) -> Tensor:
     """Mean of each output channel, less where the halves of the samples give different ones, and 0 where they disagree about the sign.
 
     Args:
         layer: whose outputs they are of.
         missing: pieces of them, samples first.
+        weights: of each piece's positions, shaped as it is without its channels; None: alike.
     """
-    sums: list[list[tuple[Tensor, int]]] = [[], []]
-    for i, piece in enumerate(missing):
-        for j, half in enumerate((piece[::2], piece[1::2]) if piece.dim() > 1 else (piece,)):
-            if len(half):
-                sums[(i + j) % 2].append((channel_mean(layer, half) * len(half), len(half)))
+    sums: list[list[tuple[Tensor, float]]] = [[], []]
+    for i, (piece, each) in enumerate(zip(missing, weights or [None] * len(missing), strict=True)):
+        for j, half in enumerate((slice(0, None, 2), slice(1, None, 2)) if piece.dim() > 1 else (slice(None),)):
+            if len(piece[half]):
+                share = float(len(piece[half]) if each is None else each[half].sum())
+                sums[(i + j) % 2].append((channel_mean(layer, piece[half], None if each is None else each[half]) * share, share))
     means = [torch.stack([s for s, _ in found]).sum(0) / sum(n for _, n in found) for found in sums if found]
     shares = [sum(n for _, n in found) for found in sums if found]
     mean = sum((m * n for m, n in zip(means, shares, strict=True)), torch.zeros_like(means[0])) / sum(shares)
@@ -186,6 +190,12 @@ def seen_range(layer: fx.Node) -> tuple[float, float]:
             break
         low, high = max(low, -math.inf if bottom is None else bottom), min(high, math.inf if top is None else top)
     return low, max(low, high)
+
+
+def _fitting(weights: Tensor | None, result: Tensor, layer: fx.Node) -> Tensor | None:
+    """Weights of positions, where they are shaped as the layer's result without its channels."""
+    shape = result.shape[:-1] if op_name(layer) in LINEAR else result.shape[:1] + result.shape[2:]
+    return weights if weights is not None and weights.shape == shape and result.dim() > 1 else None
 
 
 def _refit(

@@ -56,7 +56,7 @@ def watch(
         x, q: the float input and the one that arrives.
         clipped: where values past a clip count as the clip's end.
         pieces: of so many alike these samples are one.
-        weights: of the positions, shaped as the output without its channels; alike where that is not its shape.
+        weights: of the positions, shaped as the output without its channels; None: alike.
     """
     index = chosen_samples(shape, q, pieces)
     return [_over(shape, w_GRK, x, q, clipped, weights, half) for half in (index[::2], index[1::2]) if len(half)]
@@ -78,8 +78,7 @@ def _over(
         if clipped is not None:
             y_GRN = shape.outputs_of(clipped.wanted[part])
             e_GRN = clipped.error(y_GRN, y_GRN - e_GRN)
-        each = weights[part].flatten() if weights is not None and weights.shape[:1] == q.shape[:1] else None
-        parts.append(JointMoments.of(q_GKN, e_GRN, each if each is not None and len(each) == q_GKN.shape[2] else None))
+        parts.append(JointMoments.of(q_GKN, e_GRN, None if weights is None else weights[part].flatten()))
     return sum(parts[1:], parts[0])
 
 
