@@ -67,9 +67,20 @@ class Options:
             return weights, activations
         return self.average_bits, None
 
+    @property
+    def activation_width(self) -> int:
+        """Bits of activations; until they are chosen, the average, and 8 for ``"auto"``."""
+        average = self.averages[1]
+        return round(average) if average is not None else self.activation_bits if isinstance(self.activation_bits, int) else 8
+
     def widths(self, names: Iterable[str]) -> dict[str, int]:
-        """Bits of each weight: those of the first pattern that it matches, 8 where none does; SelectorError for one that matches nothing."""
-        names = list(names)
+        """Bits of each weight: those of the first pattern that it matches, 8 where none does; the average, until they are chosen.
+
+        SelectorError for a pattern that matches nothing.
+        """
+        names, (average, _) = list(names), self.averages
+        if average is not None:
+            return dict.fromkeys(names, round(average))
         if not isinstance(self.weight_bits, Mapping):
             return dict.fromkeys(names, self.weight_bits)
         for pattern in self.weight_bits:

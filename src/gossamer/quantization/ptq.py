@@ -167,7 +167,7 @@ def _static(
         floating, points.activations, calibration, example_inputs, progress, by_channel=between, whole=options.observer == "moving_average"
     )
     histograms, notes = observer.histograms, list[str]()
-    activation_bits = options.activation_bits if isinstance(options.activation_bits, int) else 8
+    activation_bits = options.activation_width
     if options.equalize:
         absorbed = absorb_biases(floating, find_wires(floating), observer.channels)
         tried = options.rounding, options.observer if options.observer == "output" else "mse"
