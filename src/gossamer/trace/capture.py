@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from gossamer.errors import ExportError, TraceError
 from gossamer.sources.batches import call, check_inputs
+from gossamer.trace.inplace import without_inplace
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ def _export(model: nn.Module, inputs: Any, batch: int | None) -> torch.export.Ex
     args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, None)
     with quiet(), torch.no_grad(), _plain_attention():
         exported = torch.export.export(model, args, kwargs, dynamic_shapes=dims if batch is not None else None, strict=False)
+        without_inplace(exported.graph)
         return exported.run_decompositions({})
 
 

@@ -5,8 +5,6 @@ torch's own pass is right for every graph, but runs each in-place operator throu
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, fx
 
@@ -34,12 +32,13 @@ def without_inplace(graph: fx.Graph) -> int:
         if ordinary is None:
             continue
         x = node.args[0]
-        before, after = _split(x.users, place, node)
-        if not all(_is_fresh(n) for n in before):
-            continue
+        users = list(x.users)
+        if any(place[n] < place[node] and not _is_fresh(n) for n in users):
+            continue  # a view of it, perhaps
         node.target = ordinary
-        for user in after:
-            user.replace_input_with(x, node)
+        for user in users:
+            if place[user] > place[node]:
+                user.replace_input_with(x, node)
         changed += 1
     return changed
 
@@ -62,9 +61,6 @@ def _ordinary(node: fx.Node) -> torch._ops.OpOverload | None:
 
 
 def _is_fresh(node: fx.Node) -> bool:
+    """Whether a node's result is new memory."""
     op = node.target
     return isinstance(op, torch._ops.OpOverload) and op.namespace == "aten" and op._schema.name.removeprefix("aten::") in _FRESH
-
-
-def _split(users: Iterable[fx.Node], place: dict[fx.Node, int], node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
-    return [n for n in users if place[n] < place[node]], [n for n in users if place[n] > place[node]]
