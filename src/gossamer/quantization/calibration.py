@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from gossamer.errors import UsageError
-from gossamer.quantization.graph import value
+from gossamer.quantization.graph import sample_bytes
 from gossamer.quantization.observers import Channels, Histogram
 from gossamer.sources.batches import count, split
 
@@ -113,9 +113,7 @@ def parts(module: fx.GraphModule, leaves: list[Any], most: int = 32) -> list[lis
     samples = _batch_size(leaves)
     if not module.meta["dynamic_batch"]:
         return [leaves]
-    vals = [v for n in module.graph.nodes if (v := value(n)) is not None and n.op not in ("get_attr", "output") and v.dim()]
-    largest = max((v.numel() // max(1, int(v.shape[0])) * v.element_size() for v in vals), default=1)
-    step = max(1, min(most, _PART_BYTES // max(1, largest)))
+    step = max(1, min(most, int(_PART_BYTES / max(sample_bytes(module), default=1))))
     if samples <= step:
         return [leaves]
     step = -(-samples // -(-samples // step))  # parts alike

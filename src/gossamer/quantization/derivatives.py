@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from gossamer.quantization.calibration import parts
-from gossamer.quantization.graph import value
+from gossamer.quantization.graph import sample_bytes
 
 _AT_ONCE, _BYTES = 8, 1 << 30  # samples whose derivatives are held at once, and bytes of values, which bound them too
 
@@ -71,6 +71,4 @@ class _Recording(fx.Interpreter):
 
 
 def _at_once(module: fx.GraphModule) -> int:
-    vals = [v for n in module.graph.nodes if n.op == "call_function" and (v := value(n)) is not None]
-    per_sample = sum(v.numel() / max(1, int(v.shape[0])) * v.element_size() for v in vals if v.dim())
-    return int(max(1, min(_AT_ONCE, _BYTES // max(1, 3 * per_sample))))
+    return int(max(1, min(_AT_ONCE, _BYTES // max(1.0, 3 * sum(sample_bytes(module))))))

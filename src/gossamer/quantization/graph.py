@@ -87,6 +87,16 @@ def value(node: Any) -> Tensor | None:
     return val if isinstance(val, Tensor) else None
 
 
+def sample_bytes(module: fx.GraphModule) -> list[float]:
+    """What each value that a graph takes or computes has of one sample; looked at once, since symbolic sizes are slow to ask for."""
+    if "sample_bytes" not in module.meta:
+        nodes = [n for n in module.graph.nodes if n.op not in ("get_attr", "output")]
+        vals = [(n.op, v) for n in nodes if (v := value(n)) is not None and v.dim()]
+        batch = next((int(v.shape[0]) for op, v in vals if op == "placeholder"), 1)
+        module.meta["sample_bytes"] = [int(v.numel()) * v.element_size() / max(1, batch) for _, v in vals]
+    return module.meta["sample_bytes"]
+
+
 def is_float(node: Any) -> bool:
     """Whether a node's value is a floating-point tensor."""
     val = value(node)
