@@ -55,6 +55,8 @@ def test_positions_count_as_the_exact_derivative_says():
         got = found[node.name].mean(0)
         assert found[node.name].shape == (4000, *exact.shape)
         assert torch.allclose(got / got.mean(), exact / exact.mean(), rtol=0.1, atol=0.02)
+    (roots,) = position_weights(graph, [conv, linear], [[many]], activation_bits=4)
+    assert all(torch.allclose((roots[n] - 1e-3).square(), found[n] - 1e-3, rtol=1e-3, atol=1e-5) for n in found)
 
 
 @pytest.mark.parametrize("rounding", ["gptq", "adaround"])
@@ -73,7 +75,7 @@ def test_codes_are_fitted_where_it_matters(rounding, monkeypatch):
         return total
 
     weighted = noise()
-    monkeypatch.setattr(reconstruction, "position_weights", lambda module, layers, pieces: [{} for _ in pieces])
+    monkeypatch.setattr(reconstruction, "position_weights", lambda module, layers, pieces, bits: [{} for _ in pieces])
     assert weighted < 0.92 * noise()
 
 

@@ -19,13 +19,16 @@ from gossamer.quantization.graph import LINEAR, op_name
 _LEAST = 1e-3  # of the mean, what every position counts
 
 
-def position_weights(module: fx.GraphModule, layers: Iterable[fx.Node], pieces: list[list[Any]]) -> list[dict[str, Tensor]]:
+def position_weights(
+    module: fx.GraphModule, layers: Iterable[fx.Node], pieces: list[list[Any]], activation_bits: int = 8
+) -> list[dict[str, Tensor]]:
     """Of each piece of the samples, the weights of the positions of each layer's output, by its name; none of layers that have no derivative.
 
     Args:
         module: a float graph.
         layers: convolutions and linear layers of it.
         pieces: flat inputs.
+        activation_bits: with fewer than 8, errors go further than derivatives tell, and weights are the roots of what they are with 8.
 
     Returns:
         For each piece tensors shaped as the layer's output without its channels; their mean over all pieces is about 1.
@@ -46,4 +49,5 @@ def position_weights(module: fx.GraphModule, layers: Iterable[fx.Node], pieces: 
     counts = {name: sum(t[name].numel() for t in joined if name in t) for name in sums}
     means = {name: float(total) / counts[name] for name, total in sums.items()}
     usable = [name for name, mean in means.items() if 0 < mean < float("inf") and all(name in t for t in joined)]
-    return [{name: t[name] / means[name] + _LEAST for name in usable} for t in joined]
+    power = 1.0 if activation_bits >= 8 else 0.5
+    return [{name: (t[name] / means[name]) ** power + _LEAST for name in usable} for t in joined]

@@ -200,7 +200,12 @@ def _static(
     network = quantized(copy.deepcopy(floating), edits)
     if options.rounding != "nearest" or options.bias_correction in (True, "measured"):
         measured = options.bias_correction in (True, "measured")
-        reconstruct(floating, network, leaves, bits, rounding=options.rounding, bias_correction=measured, progress=progress)
+        how: dict[str, Any] = {
+            "rounding": options.rounding,
+            "bias_correction": measured,
+            "activation_bits": min(widths.values(), default=8),
+        }
+        reconstruct(floating, network, leaves, bits, **how, progress=progress)
         weights = with_steps_of(network, weights)
     if options.bias_correction == "analytic":
         notes.append(correct_analytically(floating, network))

@@ -33,6 +33,7 @@ def reconstruct(
     *,
     rounding: str = "nearest",
     bias_correction: bool = True,
+    activation_bits: int = 8,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
     """Fit codes, steps and biases in place, in execution order, each layer with the ones before it done.
@@ -50,6 +51,7 @@ def reconstruct(
         rounding: ``"nearest"`` leaves codes as they are; ``"gptq"`` and ``"adaround"`` refit those of convolutions in one and two
             dimensions and of linear layers that are called once.
         bias_correction: give biases the shift of the mean.
+        activation_bits: the fewest that activations are rounded to.
         progress: called with (layers done, layers in all).
 
     Returns:
@@ -60,7 +62,11 @@ def reconstruct(
     """
     samples = parts(floating, leaves)
     pieces = [(_Walker(floating, part), _Walker(quantised, part)) for part in samples]
-    weights = [{}] * len(pieces) if rounding == "nearest" else position_weights(floating, weighted_nodes(floating.graph), samples)
+    weights = (
+        [{}] * len(pieces)
+        if rounding == "nearest"
+        else position_weights(floating, weighted_nodes(floating.graph), samples, activation_bits)
+    )
     originals = {n.name: n for n in floating.graph.nodes}
     calls = Counter(weight_name(n) for n in weighted_nodes(floating.graph))
     layers = [n for n in weighted_nodes(quantised.graph) if n.name in originals]

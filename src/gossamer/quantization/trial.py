@@ -19,7 +19,7 @@ from gossamer.quantization.observers import Channels
 from gossamer.quantization.points import Points
 from gossamer.quantization.reconstruction import reconstruct
 
-_SAMPLES = 16  # that scales are taken from, and as many others that they are tried on
+_SAMPLES, _FITTED = 16, 32  # that scales are taken from, and as many others that they are tried on; where codes are fitted to them too
 
 
 def equalize_where_it_helps(
@@ -56,7 +56,8 @@ def equalize_where_it_helps(
     if not wires:
         return 0, "not equalised: no channels between two layers can be rescaled"
     choices = {k: v for k, v in choices.items() if k == "none" or v} if plain and len(plain) < len(wires) else {"none": [], "all": wires}
-    first, second = sample(floating, leaves, 0, _SAMPLES), sample(floating, leaves, 1, _SAMPLES)
+    most = _FITTED if _fits(rounding, bits) else _SAMPLES
+    first, second = sample(floating, leaves, 0, most), sample(floating, leaves, 1, most)
     noise = {}
     with torch.no_grad():
         wanted = _outputs(floating, second)
@@ -99,19 +100,23 @@ def _noise(
 ) -> float:
     """Squared error of the outputs over their mean square."""
     histograms = observe_again(copied, points.activations, first)
-    if observer == "output" and activation_bits <= 8:
+    if observer == "output" and activation_bits == 8:  # with fewer, errors are too large for derivatives
         for node, influence in influences(copied, histograms, first).items():
             histograms[node].least_noise = influence.least
     rounded = {n: activation_edit(name, histograms[n], observer, activation_bits) for n, name in points.activations.items()}
     edits = [*weight_edits(copied, points, rounded, bits), *rounded.values()]
     network = quantized(copy.deepcopy(copied), edits)
-    if rounding != "nearest" and min(bits.values()) < 8:
-        reconstruct(copied, network, first, bits, rounding=rounding)
+    if _fits(rounding, bits):
+        reconstruct(copied, network, first, bits, rounding=rounding, activation_bits=activation_bits)
     total = 0.0
     for ours, theirs in zip(wanted, _outputs(network, second), strict=True):
         error = sum(float((a - b).square().sum()) for a, b in zip(ours, theirs, strict=True))
         total += error / max(sum(float(a.square().sum()) for a in ours), 1e-30)
     return total
+
+
+def _fits(rounding: str, bits: Mapping[str, int]) -> bool:
+    return rounding != "nearest" and min(bits.values()) < 8
 
 
 def _outputs(module: fx.GraphModule, leaves: list[Any]) -> list[list[Tensor]]:
