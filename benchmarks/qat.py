@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=15000)
     parser.add_argument("--float-epochs", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args()
