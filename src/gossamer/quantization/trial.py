@@ -20,6 +20,7 @@ from gossamer.quantization.points import Points
 from gossamer.quantization.reconstruction import reconstruct
 
 _SAMPLES, _FITTED = 16, 32  # that scales are taken from, and as many others that they are tried on; where codes are fitted to them too
+_WORTH = 0.9  # of the noise without, above which nothing is rescaled: less is chance on so few samples
 
 
 def equalize_where_it_helps(
@@ -72,6 +73,7 @@ def equalize_where_it_helps(
             equalize(copied, theirs, {twins[n]: c for n, c in watching.channels.items()}, bits, activation_bits)
             noise[name] = _noise(copied, _points(points, twins), bits, activation_bits, first, second, wanted, rounding, observer)
     best = min(noise, key=noise.__getitem__)
+    best = best if noise[best] < _WORTH * noise["none"] else "none"
     count = equalize(floating, choices[best], seen, bits, activation_bits)
     tried = ", ".join(f"{k} {v:.3g}" for k, v in noise.items())
     return count, f"equalised across layers: {count} of {len(wires)} sets of channels; noise on other samples with {tried}"
