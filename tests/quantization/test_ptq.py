@@ -20,10 +20,11 @@ from gossamer.exporting import first_divergence
 from gossamer.flow.measure import _check_faithful
 from gossamer.quantization.absorption import absorb_biases
 from gossamer.quantization.allocation import allocate
-from gossamer.quantization.calibration import parts
+from gossamer.quantization.calibration import observe, observe_again, parts
 from gossamer.quantization.canonical import canonical
 from gossamer.quantization.equalization import equalize, find_wires
 from gossamer.quantization.observers import Channels
+from gossamer.quantization.points import find_points
 from gossamer.quantization.sensitivity import Sensitivity, divergence
 from gossamer.trace.capture import capture
 
@@ -170,6 +171,19 @@ def test_samples_run_few_at_a_time_give_the_same_steps_and_as_good_a_network(mon
         assert steps[0] == pytest.approx(steps[1], rel=spread, abs=0)
         with torch.no_grad():
             assert db(net(DATA[3]), found.model(DATA[3])) > db(net(DATA[3]), expected.model(DATA[3])) - 2
+
+
+def test_a_moving_average_counts_the_batches_as_they_were_given_again(monkeypatch):
+    graph = canonical(capture(inverted(), INPUTS))
+    points = find_points(graph).activations
+    monkeypatch.setattr("gossamer.quantization.calibration._PART_BYTES", 2 * 12 * 16 * 16 * 4)
+    first, leaves = observe(graph, points, DATA[:3], INPUTS, whole=True)
+    again = observe_again(graph, points, leaves, first.batch)
+    wanted, found, parted = (
+        [h.range("moving_average") for h in hs.values()] for hs in (first.histograms, again, observe_again(graph, points, leaves))
+    )
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    assert np.abs(np.subtract(parted, wanted)).max() > 1e-3
 
 
 def test_wires_that_cannot_be_scaled_say_why():

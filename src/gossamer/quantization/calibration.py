@@ -29,7 +29,7 @@ class Observer(fx.Interpreter):
         self.channels = {node: Channels() for node in by_channel}
         self.names = watched
         self.histograms = {node: Histogram() for node in watched}
-        self.largest = 1
+        self.largest, self.batch = 1, 1
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node; UsageError naming the point where its value is not finite."""
@@ -69,7 +69,7 @@ def observe(
         whole: count each batch as one, however large, for what looks at its extremes.
 
     Returns:
-        An observer that holds a histogram of each watched node, and flat inputs: leading samples, few enough to be run at once.
+        An observer that holds a histogram of each watched node and the size of the largest batch, and flat inputs: leading samples, few enough to be run at once.
 
     Raises:
         UsageError: there are no batches, one does not fit the network, or a value is not finite.
@@ -88,6 +88,7 @@ def observe(
             except RuntimeError as e:
                 raise UsageError(f"calibration batch {done + 1} does not run through the network: {str(e).splitlines()[0][:160]}") from None
             samples = _batch_size(leaves)
+            observer.batch = max(samples, observer.batch)
             if room > 0 and (module.meta["dynamic_batch"] or done == 0):
                 kept.append([x[:room] if _is_batched(x, samples) and module.meta["dynamic_batch"] else x for x in leaves])
                 room -= samples
@@ -99,24 +100,27 @@ def observe(
     return observer, _joined(kept)
 
 
-def observe_again(module: fx.GraphModule, watched: Mapping[fx.Node, str], leaves: list[Any]) -> dict[fx.Node, Histogram]:
-    """Histograms over samples that `observe` kept, for a graph whose weights have changed since."""
+def observe_again(
+    module: fx.GraphModule, watched: Mapping[fx.Node, str], leaves: list[Any], whole: int | None = None
+) -> dict[fx.Node, Histogram]:
+    """Histograms over samples that `observe` kept, for a graph whose weights have changed since; in batches of ``whole`` for what looks at their extremes."""
     observer = Observer(module, watched)
     with torch.no_grad():
-        for part in parts(module, leaves):
+        for part in parts(module, leaves) if whole is None else _divided(module, leaves, whole):
             observer.run(*part, enable_io_processing=False)
     return observer.histograms
 
 
 def parts(module: fx.GraphModule, leaves: list[Any], most: int = 32) -> list[list[Any]]:
     """Samples in batches of at most ``most``, and of few enough for their values to be reused by the allocator; as they are where the batch size is fixed."""
+    samples, step = _batch_size(leaves), max(1, min(most, int(_PART_BYTES / max(sample_bytes(module), default=1))))
+    return _divided(module, leaves, -(-samples // -(-samples // step)) if samples > step else step)  # parts alike
+
+
+def _divided(module: fx.GraphModule, leaves: list[Any], step: int) -> list[list[Any]]:
     samples = _batch_size(leaves)
-    if not module.meta["dynamic_batch"]:
+    if not module.meta["dynamic_batch"] or samples <= step:
         return [leaves]
-    step = max(1, min(most, int(_PART_BYTES / max(sample_bytes(module), default=1))))
-    if samples <= step:
-        return [leaves]
-    step = -(-samples // -(-samples // step))  # parts alike
     return [[x[i : i + step] if _is_batched(x, samples) else x for x in leaves] for i in range(0, samples, step)]
 
 

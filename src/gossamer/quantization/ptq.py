@@ -163,9 +163,8 @@ def _static(
     names = list(dict.fromkeys(str(weight_name(n)) for n in points.layers))
     bits = {n: min(b, aim.weight_bits) for n, b in options.widths(names).items()}
     between = [n for w in find_wires(floating) if w.frozen is None for n in w.nodes if n in points.activations] if options.equalize else []
-    observer, leaves = observe(
-        floating, points.activations, calibration, example_inputs, progress, by_channel=between, whole=options.observer == "moving_average"
-    )
+    whole = options.observer == "moving_average"
+    observer, leaves = observe(floating, points.activations, calibration, example_inputs, progress, by_channel=between, whole=whole)
     histograms, notes = observer.histograms, list[str]()
     activation_bits = options.activation_width
     if options.equalize:
@@ -176,7 +175,7 @@ def _static(
         if absorbed:
             notes.append(f"biases of {absorbed} layers absorbed by the layers that read them")
         if rescaled or absorbed:
-            histograms = observe_again(floating, points.activations, leaves)
+            histograms = observe_again(floating, points.activations, leaves, observer.batch if whole else None)
     if options.observer == "output" and activation_bits <= 8:
         notes.append(ranges_by_outputs(floating, points, histograms, leaves, activation_bits))
     widths = dict.fromkeys(points.activations, activation_bits)
