@@ -139,6 +139,7 @@ class Channels:
     Examples:
         >>> seen = Channels()
         >>> seen.update(torch.tensor([[1.0, -5.0], [3.0, -5.0]]))
+        (-5.0, 3.0)
         >>> seen.largest.tolist(), seen.variance().tolist()
         ([3.0, 5.0], [1.0, 0.0])
     """
