@@ -18,11 +18,13 @@ import gossamer as gs
 from gossamer.errors import ExportError, SelectorError, UsageError
 from gossamer.exporting import first_divergence
 from gossamer.flow.measure import _check_faithful
+from gossamer.quantization import trial
 from gossamer.quantization.absorption import absorb_biases
 from gossamer.quantization.allocation import allocate
 from gossamer.quantization.calibration import observe, observe_again, parts
 from gossamer.quantization.canonical import canonical
 from gossamer.quantization.equalization import equalize, find_wires
+from gossamer.quantization.graph import sample_bytes
 from gossamer.quantization.observers import Channels
 from gossamer.quantization.points import find_points
 from gossamer.quantization.sensitivity import Sensitivity, divergence
@@ -171,6 +173,23 @@ def test_samples_run_few_at_a_time_give_the_same_steps_and_as_good_a_network(mon
         assert steps[0] == pytest.approx(steps[1], rel=spread, abs=0)
         with torch.no_grad():
             assert db(net(DATA[3]), found.model(DATA[3])) > db(net(DATA[3]), expected.model(DATA[3])) - 2
+
+
+@pytest.mark.parametrize(("share", "taken"), [(0.95, False), (0.85, True)])
+def test_equalisation_has_to_be_worth_a_tenth(share, taken, monkeypatch):
+    noises = itertools.chain([1.0], itertools.repeat(share))
+    monkeypatch.setattr(trial, "_noise", lambda *args: next(noises))
+    note = next(n for n in gs.quantize(inverted(), INPUTS, calibration=DATA[:3]).notes if n.startswith("equalised"))
+    assert note.startswith("equalised across layers: 0 of") is not taken
+
+
+def test_a_value_that_merges_the_batch_with_something_counts_whole():
+    class Windows(nn.Module):
+        def forward(self, x):
+            return (x.reshape(-1, 8) * 2).reshape(-1, 32)
+
+    graph = capture(Windows(), (torch.zeros(3, 4, 8),))
+    assert set(sample_bytes(graph)) == {32 * 4}
 
 
 def test_a_moving_average_counts_the_batches_as_they_were_given_again(monkeypatch):

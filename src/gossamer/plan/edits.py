@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class BaseEdit(BaseModel):
+    """What all edits have: fields that are known, and do not change."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
