@@ -87,6 +87,17 @@ def test_results_and_their_own_inputs(tmp_path):
     assert [r.macs for r in found.rows] == [4 * (72 + 32), 4 * (36 + 16)]
 
 
+def test_activations_of_a_quantised_network_are_those_of_its_file():
+    layers = [m for i in (3, 16, 16) for m in (nn.Conv2d(i, 16, 3, padding=1), nn.ReLU())]
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)).eval()
+    x = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    small = gs.quantize(net, (x[:1],), calibration=[x])
+    before, after = (row.peak_activation_bytes for row in side_by_side(net, small, example_inputs=(x[:1],), runs=2).rows)
+    assert before == 2 * 16 * 16 * 16 * 4  # one value lives while the next is made
+    assert after < before / 2
+    assert side_by_side(small, example_inputs=(x[:1],), runtime="torch", runs=2).rows[0].peak_activation_bytes > before
+
+
 @pytest.mark.parametrize(
     ("things", "options", "message"),
     [

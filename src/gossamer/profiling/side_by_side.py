@@ -13,6 +13,7 @@ from gossamer.profiling.accuracy import Accuracy, evaluate
 from gossamer.profiling.artefacts import Artefact, check_runtime, resolve, unique
 from gossamer.profiling.costs import profile
 from gossamer.profiling.latency import Benchmark, Timing, benchmark, brought_inputs
+from gossamer.profiling.memory import peak_activation_bytes
 from gossamer.result import ExampleInputs, Profile
 
 
@@ -24,7 +25,8 @@ class Side:
         timing: name, bytes on disk and latency.
         params: elements of all parameters; None for a file of ONNX operations.
         macs: multiply-adds of the batch that was timed; None for a file of ONNX operations.
-        peak_activation_bytes: the largest set of live activations of that batch, as float32; None for a file of ONNX operations.
+        peak_activation_bytes: the largest set of live activations of that batch: in the file that ONNX Runtime ran, in its own types
+            (`peak_activation_bytes`), elsewhere in torch; None for a file of ONNX operations.
         accuracy: top-1, of the artefact in the runtime; None where it was not measured.
     """
 
@@ -117,20 +119,30 @@ def side_by_side(
             thing if runtime == "torch" else a.exported(Path(place), given, runtime) for a, thing in zip(resolved, artefacts, strict=True)
         ]
         timed = benchmark(*ready, example_inputs=given, runtime=runtime, threads=threads, runs=runs, seconds=seconds, names=shown)
+        peaks = [_peak(a, thing, given, runtime) for a, thing in zip(resolved, ready, strict=True)]
         accuracies = []
         for i, artefact in enumerate(ready):
             batches = data(i) if callable(data) else data
             found = None if batches is None else evaluate(artefact, batches, runtime=runtime, threads=threads, example_inputs=given)
             accuracies.append(found.accuracy if found is not None else None)
     rows, said = [], list(notes)
-    for artefact, timing, accuracy in zip(resolved, timed.rows, accuracies, strict=True):
+    for artefact, timing, peak, accuracy in zip(resolved, timed.rows, peaks, accuracies, strict=True):
         costs, why = _costs(artefact, given)
         if costs is None:
             rows.append(Side(timing, accuracy=accuracy))
             said.append(f"{timing.name}: parameters and MACs are not known ({why})")
         else:
-            rows.append(Side(timing, costs.params, costs.macs, costs.peak_activation_bytes, accuracy))
+            rows.append(Side(timing, costs.params, costs.macs, costs.peak_activation_bytes if peak is None else peak, accuracy))
     return SideBySide(tuple(rows), timed, tuple(said))
+
+
+def _peak(artefact: Artefact, file: Any, inputs: ExampleInputs, runtime: str) -> int | None:
+    """Of the file that stands for a network in ONNX Runtime: what runs in torch for a quantised one is its simulation in float."""
+    return (
+        peak_activation_bytes(file, inputs)
+        if runtime == "onnxruntime" and (artefact.model is not None or artefact.folder is not None) and inputs is not None
+        else None
+    )
 
 
 def _costs(artefact: Artefact, inputs: ExampleInputs) -> tuple[Profile | None, str]:
